@@ -1,0 +1,86 @@
+"""Decode attention over sequences that lie apart: stock `mx.fast.scaled_dot_product_attention`, one call per segment.
+
+mlx-lm's models call a module-level `scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)` that each
+model file imports by name. `teach` wraps that name in the files of one model, so that keys and values may be `Ragged`; with
+ordinary arrays the original runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+NAME = "scaled_dot_product_attention"
+
+
+class RaggedNotPossible(Exception):
+    """This model does something with its keys, values or mask that separate views cannot follow."""
+
+
+class Segment(NamedTuple):
+    """Rows first .. first + count of the batch, which attend to positions start .. start + length of their own runs."""
+
+    first: int
+    count: int
+    start: int
+    length: int
+    valid: np.ndarray | None  # bool [count, length], None where every key may be seen
+
+
+class Ragged:
+    """Keys (or values) of a batch as separate views [count, heads, length, dim], one per segment."""
+
+    def __init__(self, views: list[mx.array], segments: list[Segment]) -> None:
+        self.views, self.segments = views, segments
+
+
+def teach(model: nn.Module) -> bool:
+    """Make a model's files accept Ragged keys and values; False if none of them uses the name."""
+    found = False
+    for name in {type(module).__module__ for module in model.modules()}:
+        file = sys.modules[name]
+        original = getattr(file, NAME, None)
+        if original is not None:
+            found = True
+            if not hasattr(original, "accepts_ragged"):
+                setattr(file, NAME, _accepting(original))
+    return found
+
+
+def _accepting(original: Any) -> Any:
+    def attention(
+        queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: mx.array | None = None
+    ) -> Any:
+        if isinstance(keys, Ragged):
+            return ragged_attention(queries, keys, values, scale, mask, sinks)
+        return original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+
+    attention.accepts_ragged = True  # type: ignore[attr-defined]
+    return attention
+
+
+def ragged_attention(
+    queries: mx.array, keys: Ragged, values: Ragged, scale: float, mask: Any, sinks: mx.array | None
+) -> mx.array:
+    """Queries [rows, heads, 1, dim] against each row's own keys; returns [rows, heads, 1, value dim]."""
+    if mask is not None or queries.shape[2] != 1:
+        raise RaggedNotPossible("the model made a mask of its own")
+    outputs = []
+    for k, v, segment in zip(keys.views, values.views, keys.segments, strict=True):
+        q = queries[segment.first : segment.first + segment.count]
+        outputs.append(
+            mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=_mask(segment, q.shape[1]), sinks=sinks)
+        )
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+
+
+def _mask(segment: Segment, heads: int) -> mx.array | None:
+    """bool [count, heads, 1, length], contiguous: a mask that is broadcast over heads is copied in every layer on Metal."""
+    if segment.valid is None:
+        return None
+    valid = mx.array(segment.valid)[:, None, None, :]
+    return mx.contiguous(mx.broadcast_to(valid, (segment.count, heads, 1, segment.length)))

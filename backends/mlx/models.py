@@ -1,0 +1,85 @@
+"""Loading: mlx-lm's model classes, and what the core must know about them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.utils import load_model
+
+from cortexstream.backend import LayerKV, ModelInfo
+from cortexstream.backends.common.checkpoint import check_weights, eos_token_ids, read_config
+from cortexstream.errors import ModelLoadError
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+
+class LoadedModel(NamedTuple):
+    model: nn.Module
+    info: ModelInfo
+    kv_dtype: mx.Dtype
+
+
+def load(folder: Path, dtype: str) -> LoadedModel:
+    """Load a Hugging Face or mlx-lm folder, quantised or not, in `dtype` ("auto": the checkpoint's, float32 on a CPU).
+
+    Raises ModelLoadError for a broken folder, an unknown architecture, or one whose layers keep a state other than
+    plain or sliding-window keys and values.
+    """
+    config = read_config(folder)
+    check_weights(folder)
+    eos = eos_token_ids(folder, config)
+    architecture = str(config["model_type"])
+    try:
+        model, config = load_model(folder, lazy=True)
+        if dtype == "auto" and not mx.metal.is_available():
+            dtype = "float32"  # MLX's half-precision matmuls on a CPU are slower and no other backend rounds like them
+        if dtype != "auto":
+            model.set_dtype(DTYPES[dtype])
+        mx.eval(model.parameters())
+    except Exception as error:
+        raise ModelLoadError(f"{folder}: mlx-lm cannot load this {architecture} model: {error}") from error
+    return describe(model, config, architecture, eos, str(folder))
+
+
+def describe(model: nn.Module, config: dict[str, Any], architecture: str, eos: frozenset[int], name: str) -> LoadedModel:
+    """Learn the KV geometry by running one token through mlx-lm's own caches."""
+    caches = make_prompt_cache(model)
+    for layer, cache in enumerate(caches):
+        if type(cache) not in (KVCache, RotatingKVCache) or getattr(cache, "keep", 0):
+            raise ModelLoadError(
+                f"{name}: {architecture} keeps the state of layer {layer} in a {type(cache).__name__}; "
+                "the mlx backend serves models whose layers use a KVCache or a RotatingKVCache"
+            )
+    try:
+        logits = model(mx.array([[0]]), cache=caches)
+        mx.eval(logits, [c.keys for c in caches])
+    except Exception as error:
+        raise ModelLoadError(f"{name}: this {architecture} model cannot run one token: {error}") from error
+    layers = tuple(
+        LayerKV(
+            c.keys.shape[1], c.keys.shape[3], c.values.shape[3], c.max_size if type(c) is RotatingKVCache else None
+        )
+        for c in caches
+    )  # fmt: skip
+    kv_dtype = caches[0].keys.dtype
+    info = ModelInfo(
+        architecture=architecture, vocab_size=logits.shape[-1], max_context_tokens=_context(model, config, name),
+        eos_token_ids=eos, layers=layers, kv_item_bytes=kv_dtype.size,
+        weight_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
+    )  # fmt: skip
+    return LoadedModel(model, info, kv_dtype)
+
+
+def _context(model: nn.Module, config: dict[str, Any], name: str) -> int:
+    sources = [config, config.get("text_config", {}), vars(getattr(model, "args", object)) if hasattr(model, "args") else {}]
+    for source in sources:
+        for key in CONTEXT_KEYS:
+            if isinstance(source.get(key), int):
+                return int(source[key])
+    raise ModelLoadError(f"{name}/config.json: names no context length; add one of {', '.join(CONTEXT_KEYS)}")

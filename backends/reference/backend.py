@@ -1,0 +1,259 @@
+"""The `Backend` protocol over the numpy model: `submit` computes a plan's tokens, `collect` hands them out."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cortexstream.backend import BackendInfo, BackendOptions, LayerKV, ModelInfo, Ticket, WarmupReport
+from cortexstream.backends.common.affine import dense_weights
+from cortexstream.backends.common.checkpoint import eos_token_ids, read_config, read_weights
+from cortexstream.backends.common.draw import draw_rows
+from cortexstream.backends.common.memory import host_memory_bytes
+from cortexstream.backends.reference.model import Model
+from cortexstream.backends.reference.pool import KVPool
+from cortexstream.backends.reference.settings import Settings, settings_from
+from cortexstream.errors import EngineError, ModelLoadError
+from cortexstream.kernels.reference.attention import attention
+from cortexstream.plan import PENDING, KVRows, PlanRow, RowResult, SampleSpec, StepPlan, StepResult
+
+Floats = npt.NDArray[np.float32]
+
+BLOCK_TOKENS = 16
+MAX_IN_FLIGHT = 2  # one plan whose tokens are not read yet, and the one after it
+
+
+def available() -> str | None:
+    """None: numpy is always there."""
+    return None
+
+
+def accelerator() -> str | None:
+    """None: this backend runs on the CPU."""
+    return None
+
+
+def create(options: BackendOptions) -> ReferenceBackend:
+    """Load the model folder `options.model`. Raises ModelLoadError."""
+    if options.model is None:
+        raise ModelLoadError("the reference backend needs a model folder; none was given")
+    if options.dtype not in ("auto", "float32"):
+        raise ModelLoadError(f"dtype {options.dtype!r} is not supported by the reference backend; use 'float32'")
+    if options.kv_layout not in (None, "run", "paged"):
+        raise ModelLoadError(f"kv_layout {options.kv_layout!r} is unknown; use 'run' or 'paged'")
+    if options.block_tokens is not None and options.block_tokens < 1:
+        raise ModelLoadError(f"block_tokens is {options.block_tokens}; it must be at least 1")
+    if options.extra:
+        raise ModelLoadError(f"the reference backend has no option {sorted(options.extra)[0]!r}")
+    return ReferenceBackend(Path(options.model), options)
+
+
+class ReferenceTicket(NamedTuple):
+    """A computed step that waits to be collected."""
+
+    step: int
+    result: StepResult
+
+
+class LiveRow(NamedTuple):
+    """A plan row with its tokens known, and where its tokens stand among all of the step's."""
+
+    row: PlanRow
+    tokens: tuple[int, ...]
+    where: slice
+
+
+class ReferenceBackend:
+    """See `cortexstream.backend.Backend`. Made by `create`; one thread uses it."""
+
+    def __init__(self, folder: Path, options: BackendOptions) -> None:
+        config = read_config(folder)
+        settings = settings_from(config)
+        eos = eos_token_ids(folder, config)
+        self._model: Model | None = Model(settings, dense_weights(read_weights(folder), config))
+        self.model = _model_info(settings, eos, self._model.weight_bytes)
+        self.info = BackendInfo(
+            name="reference",
+            device="CPU (numpy)",
+            kv_layout=options.kv_layout or "paged",
+            block_tokens=options.block_tokens or BLOCK_TOKENS,
+            memory_bytes=host_memory_bytes(),
+            dtype="float32",
+        )
+        self._settings = settings
+        self._pool: KVPool | None = None
+        self._in_flight: deque[ReferenceTicket] = deque()
+        self._last_step: int | None = None
+        self._drawn: dict[int, RowResult] = {}  # slot -> what it drew in the plan submitted last
+
+    def allocate_kv(self, num_blocks: int) -> int:
+        """Make the zero-filled KV pools; returns their bytes. Raises OutOfMemoryBudgetError, EngineError if misused."""
+        self._loaded()
+        if self._pool is not None:
+            raise EngineError(f"the KV memory was allocated already, with {self._pool.num_blocks} blocks")
+        self._pool = KVPool(self.model.layers, num_blocks, self.info.block_tokens, host_memory_bytes())
+        return self._pool.nbytes
+
+    def submit(self, plan: StepPlan) -> ReferenceTicket:
+        """Run the plan. Raises EngineError, before anything is written, for a plan that breaks the contract."""
+        self._ready()
+        if len(self._in_flight) == MAX_IN_FLIGHT:
+            raise EngineError(f"step {plan.step} was submitted while {MAX_IN_FLIGHT} steps wait to be collected")
+        if self._last_step is not None and plan.step <= self._last_step:
+            raise EngineError(f"step {plan.step} was submitted after step {self._last_step}; steps must rise")
+        results = self._run(plan)
+        ticket = ReferenceTicket(plan.step, StepResult(plan.step, tuple(results.values())))
+        self._drawn, self._last_step = results, plan.step
+        self._in_flight.append(ticket)
+        return ticket
+
+    def collect(self, ticket: Ticket) -> StepResult:
+        """The submitted step's result. Raises EngineError unless `ticket` is the oldest that was not collected."""
+        self._loaded()
+        if not self._in_flight or self._in_flight[0] is not ticket:
+            oldest = f"step {self._in_flight[0].step} is next" if self._in_flight else "no step waits to be collected"
+            raise EngineError(f"step {ticket.step} cannot be collected now: {oldest}")
+        return self._in_flight.popleft().result
+
+    def warmup(self, prompt_tokens: int, batch: int) -> WarmupReport:
+        """Run a prefill of `prompt_tokens` and one decode step of `batch` rows; overwrites blocks from 0 on."""
+        pool = self._ready()
+        capacity = pool.num_blocks * pool.block_tokens
+        if not 1 <= prompt_tokens < capacity or batch < 1:
+            raise EngineError(
+                f"a warm-up of {prompt_tokens} prompt tokens and {batch} rows needs 1 to {capacity - 1} prompt tokens "
+                f"and at least 1 row"
+            )
+        if self._in_flight:
+            raise EngineError(f"warm-up needs an idle backend; step {self._in_flight[0].step} waits to be collected")
+        kv, spec = KVRows(tuple(range(pool.num_blocks)), True), SampleSpec()
+        prefill = PlanRow(0, 0, (0,) * prompt_tokens, 0, kv, spec)
+        # The rows may share their block: what the tokens are does not matter here.
+        decode = [PlanRow(slot, slot, (0,), prompt_tokens, kv, spec) for slot in range(batch)]
+        steps = []
+        for name, rows in ((f"prefill of {prompt_tokens} tokens", [prefill]), (f"decode of {batch} rows", decode)):
+            began_s = time.perf_counter()
+            self._run(StepPlan(0, tuple(rows)))
+            steps.append((name, time.perf_counter() - began_s))
+        return WarmupReport(tuple(steps))
+
+    def close(self) -> None:
+        """Drop weights and KV. Idempotent."""
+        self._model = self._pool = None
+        self._in_flight.clear()
+
+    def _run(self, plan: StepPlan) -> dict[int, RowResult]:
+        """One step: check, moves, forward, draws. Returns slot -> result in the order of the plan."""
+        pool = self._ready()
+        live, failed = self._resolve(plan, pool)
+        for move in plan.moves:
+            pool.check_move(move)
+        for move in plan.moves:
+            pool.move(move)
+        drawn = self._draw(live, self._forward(live, pool)) if live else {}
+        found = {**drawn, **failed}
+        return {row.slot: found[row.slot] for row in plan.rows if row.sample is not None}
+
+    def _resolve(self, plan: StepPlan, pool: KVPool) -> tuple[list[LiveRow], dict[int, RowResult]]:
+        """Put drawn tokens for PENDING. A row whose last draw failed fails too, and alone; the others are live."""
+        slots = [row.slot for row in plan.rows]
+        if len(set(slots)) != len(slots):
+            raise EngineError(f"step {plan.step} has two rows for one slot: {sorted(slots)}")
+        live: list[LiveRow] = []
+        failed: dict[int, RowResult] = {}
+        end = 0
+        for row in plan.rows:
+            last = self._pending(row)
+            if last is not None and last.error is not None:
+                failed[row.slot] = last
+                continue
+            tokens = row.tokens if last is None else _fill(row.tokens, last.token)
+            outside = [token for token in tokens if not 0 <= token < self.model.vocab_size]
+            if not tokens or outside:
+                raise EngineError(
+                    f"row {row.seq_id} feeds {outside or 'no'} tokens; ids are 0 to {self.model.vocab_size - 1}"
+                )
+            pool.slots(row.kv, row.start, len(tokens))
+            if last is not None and row.sample is not None:
+                spec = row.sample._replace(output_tokens=_fill(row.sample.output_tokens, last.token))
+                if PENDING in spec.output_tokens:
+                    raise EngineError(f"row {row.seq_id} has a pending output token before the last one")
+                row = row._replace(sample=spec)
+            live.append(LiveRow(row, tokens, slice(end, end + len(tokens))))
+            end += len(tokens)
+        return live, failed
+
+    def _pending(self, row: PlanRow) -> RowResult | None:
+        """What PENDING stands for in this row; None if it has none."""
+        if PENDING not in row.tokens and (row.sample is None or PENDING not in row.sample.output_tokens):
+            return None
+        result = self._drawn.get(row.slot)
+        if result is None or result.seq_id != row.seq_id:
+            raise EngineError(
+                f"row {row.seq_id} has a pending token, but its slot {row.slot} drew none in the step before"
+            )
+        return result
+
+    def _forward(self, live: Sequence[LiveRow], pool: KVPool) -> Floats:
+        """All rows' tokens through the model at once; returns the normalised hidden states [N, hidden]."""
+        tokens = np.concatenate([np.array(item.tokens) for item in live])
+        positions = np.concatenate([item.row.start + np.arange(len(item.tokens)) for item in live])
+        slots = [pool.slots(item.row.kv, item.row.start, len(item.tokens)) for item in live]
+        scale = self._settings.head_dim**-0.5
+
+        def attend(layer: int, q: Floats, k: Floats, v: Floats) -> Floats:
+            for item, where in zip(live, slots, strict=True):
+                pool.append(layer, where, k[item.where], v[item.where])
+            window = self._settings.windows[layer]
+            parts = []
+            for item in live:  # every row has written by now: one may read what another wrote in this step
+                keys, values = pool.read(layer, item.row.kv, item.row.start + len(item.tokens))
+                parts.append(attention(q[item.where], keys, values, item.row.start, scale, window))
+            return np.concatenate(parts)
+
+        return self._loaded().hidden(tokens, positions, attend)
+
+    def _draw(self, live: Sequence[LiveRow], hidden: Floats) -> dict[int, RowResult]:
+        """Logits and draws of the rows that sample, each from its last token."""
+        rows = [(item, item.row.sample) for item in live if item.row.sample is not None]
+        if not rows:
+            return {}
+        logits = self._loaded().logits(hidden[[item.where.stop - 1 for item, _ in rows]])
+        positions = [item.row.start + len(item.tokens) for item, _ in rows]
+        drawn = draw_rows(logits, [spec for _, spec in rows], positions)
+        return {item.row.slot: RowResult(item.row.seq_id, *draw) for (item, _), draw in zip(rows, drawn, strict=True)}
+
+    def _loaded(self) -> Model:
+        if self._model is None:
+            raise EngineError("the backend is closed")
+        return self._model
+
+    def _ready(self) -> KVPool:
+        self._loaded()
+        if self._pool is None:
+            raise EngineError("allocate_kv must be called before the first plan")
+        return self._pool
+
+
+def _fill(tokens: tuple[int, ...], token: int) -> tuple[int, ...]:
+    """`tokens` with a last PENDING replaced."""
+    return (*tokens[:-1], token) if tokens and tokens[-1] == PENDING else tokens
+
+
+def _model_info(settings: Settings, eos: frozenset[int], weight_bytes: int) -> ModelInfo:
+    dim = settings.head_dim
+    return ModelInfo(
+        architecture=settings.family,
+        vocab_size=settings.vocab_size,
+        max_context_tokens=settings.max_context_tokens,
+        eos_token_ids=eos,
+        layers=tuple(LayerKV(settings.num_kv_heads, dim, dim, window) for window in settings.windows),
+        kv_item_bytes=4,
+        weight_bytes=weight_bytes,
+    )

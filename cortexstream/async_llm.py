@@ -1,0 +1,86 @@
+"""The face for asyncio programs: the same engine, answers as async iterators."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from cortexstream.errors import InvalidRequestError
+from cortexstream.generation import Generation
+from cortexstream.llm import LLM
+from cortexstream.outputs import RequestOutput, StreamChunk
+from cortexstream.prompts import Prompt
+from cortexstream.request import SamplingParams
+
+
+class AsyncLLM:
+    """Like `LLM`, with the same options. Loading blocks; make it before the loop serves anything.
+
+        async for output in llm.generate("12+30=", SamplingParams(temperature=0), request_id="r1"):
+            ...                                    # cumulative, one per token
+
+    Cancelling the consuming task, or leaving the loop, aborts the request.
+    """
+
+    def __init__(self, model: str | Path | None = None, **options: Any) -> None:
+        self.llm = LLM(model, **options)
+        self._running: dict[str, Generation] = {}
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """Everything so far, after every token."""
+        async for generation, _ in self._chunks(prompt, sampling_params, request_id):
+            yield generation.output()
+
+    async def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncIterator[StreamChunk]:
+        """Only what is new."""
+        async for _, chunk in self._chunks(prompt, sampling_params, request_id):
+            yield chunk
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its iterator ends with finish_reason "abort". Unknown ids are left alone."""
+        generation = self._running.get(request_id)
+        if generation is not None:
+            generation.cancel()
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self.llm.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _chunks(
+        self, prompt: Prompt, sampling_params: SamplingParams | None, request_id: str | None
+    ) -> AsyncIterator[tuple[Generation, StreamChunk]]:
+        if request_id is not None and request_id in self._running:
+            raise InvalidRequestError("request_id", f"{request_id!r} is in use by a request that is not finished")
+        loop = asyncio.get_running_loop()
+        chunks: asyncio.Queue[StreamChunk] = asyncio.Queue()
+
+        def listener(chunk: StreamChunk) -> None:  # on the engine's thread
+            loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+
+        params = sampling_params or SamplingParams()
+        generation = self.llm.submit(prompt, params, request_id=request_id, listener=listener)
+        self._running[generation.request_id] = generation
+        unfinished = params.n
+        try:
+            while unfinished:
+                chunk = await chunks.get()
+                unfinished -= chunk.finish_reason is not None
+                yield generation, chunk
+        finally:
+            del self._running[generation.request_id]
+            if unfinished:
+                generation.cancel()

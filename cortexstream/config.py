@@ -1,0 +1,74 @@
+"""Options of the engine, validated once. The only place that reads the environment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from cortexstream.errors import InvalidRequestError
+
+BACKENDS = ("auto", "mlx", "cuda", "reference", "null")
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything that shapes an engine. Unknown names are a TypeError; bad values an InvalidRequestError."""
+
+    model: str | None = None  # folder or Hugging Face id; None is the embedded model
+    backend: str = "auto"  # auto, mlx, cuda, reference, null; auto honours CORTEXSTREAM_BACKEND
+    dtype: str = "auto"  # auto: the checkpoint's on a GPU, float32 on a CPU
+    max_model_len: int | None = None  # tokens; None: the model's context
+    max_num_seqs: int = 64  # sequences that run at once
+    max_num_batched_tokens: int = 512  # tokens of one step
+    memory_utilization: float | None = None  # share of free memory for KV; None: 0.8 of a GPU's, 0.25 of a host's
+    kv_cache_memory: int | str | None = None  # bytes, or "4GiB"; overrides memory_utilization
+    num_kv_blocks: int | None = None  # overrides both
+    block_tokens: int | None = None  # None: the backend's choice
+    kv_layout: Literal["run", "paged"] | None = None  # None: the backend's choice
+    seed: int = 0  # where requests without a seed get theirs from
+    revision: str | None = None  # of a Hugging Face id
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise InvalidRequestError("backend", f"is {self.backend!r}; must be one of {', '.join(BACKENDS)}")
+        if self.kv_layout not in (None, "run", "paged"):
+            raise InvalidRequestError("kv_layout", f"is {self.kv_layout!r}; must be 'run' or 'paged'")
+        if self.memory_utilization is not None and not 0.0 < self.memory_utilization <= 1.0:
+            raise InvalidRequestError("memory_utilization", f"is {self.memory_utilization}; must be above 0, at most 1")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "num_kv_blocks", "block_tokens"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise InvalidRequestError(name, f"is {value!r}; must be a whole number of at least 1")
+        if self.kv_cache_memory is not None:
+            object.__setattr__(self, "kv_cache_memory", parse_bytes("kv_cache_memory", self.kv_cache_memory))
+
+    @classmethod
+    def from_kwargs(cls, values: dict[str, Any]) -> EngineConfig:
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise TypeError(f"unknown option {name!r}; known are {', '.join(known)}")
+        return cls(**values)
+
+
+def parse_bytes(field: str, value: int | str) -> int:
+    """Bytes from a number or a text like "512MiB", "4G"; raises InvalidRequestError."""
+    text = str(value).strip().lower().removesuffix("b") if not str(value).lower().endswith("ib") else str(value).lower()
+    number = text.rstrip("kmgib")
+    try:
+        size = int(float(number) * UNITS[text[len(number) :]])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise InvalidRequestError(field, f"is {value!r}; must be a number of bytes, or a text like '512MiB' or '4GiB'")
+    return size
+
+
+def backend_from_environment() -> str | None:
+    """CORTEXSTREAM_BACKEND, validated; None when it is unset or empty."""
+    name = os.environ.get("CORTEXSTREAM_BACKEND", "")
+    if name and name not in BACKENDS:
+        raise InvalidRequestError("CORTEXSTREAM_BACKEND", f"is {name!r}; must be one of {', '.join(BACKENDS)}")
+    return name or None

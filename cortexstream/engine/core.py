@@ -1,0 +1,180 @@
+"""One engine without a thread of its own: budget, arena, scheduler and backend joined by `step`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from time import perf_counter
+
+from cortexstream.backend import Backend, Ticket
+from cortexstream.config import EngineConfig
+from cortexstream.engine.stats import EngineStats
+from cortexstream.errors import EngineError, OutOfMemoryBudgetError
+from cortexstream.kv import KVArena
+from cortexstream.plan import StepPlan
+from cortexstream.request import FinishReason, Request
+from cortexstream.scheduler import Limits, Scheduler, TokenEvent
+
+log = logging.getLogger("cortexstream.engine")
+
+Sink = Callable[[TokenEvent], bool]
+"""Takes every event of one request, on the engine's thread, in order; the last has `finish`. Returning True ends the
+request at once with FinishReason.STOP, and no further event follows. A sink that raises fails its own request only."""
+
+
+class EngineCore:
+    """Add requests, call `step` until `has_work` is False. Use from one thread: the backend's.
+
+    One plan is in flight: `step` submits plan t+1 before it reads the tokens of plan t, so the device works while the host
+    appends, detokenises and schedules. A sequence that turns out to have ended costs one row of the next step.
+    """
+
+    def __init__(self, backend: Backend, config: EngineConfig) -> None:
+        self.backend = backend
+        num_blocks = kv_blocks(backend, config)
+        self.kv_bytes = backend.allocate_kv(num_blocks)
+        self.arena = KVArena(num_blocks, backend.info.block_tokens, backend.info.kv_layout)
+        self.limits = limits_of(backend, config, self.arena.capacity_tokens)
+        self.scheduler = Scheduler(self.arena, self.limits)
+        self._sinks: dict[int, Sink] = {}
+        self._ticket: Ticket | None = None
+        self._steps = self._prompt_tokens = self._output_tokens = self._finished = self._failed = 0
+        self._host_s = self._backend_s = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, request: Request, sink: Sink) -> None:
+        """Queue a request. Raises InvalidRequestError, and keeps nothing, if it can never be served."""
+        self.scheduler.add(request)
+        self._sinks[request.id] = sink
+
+    def abort(self, request_id: int) -> None:
+        """End a request with FinishReason.ABORT; unknown and finished ones are left alone."""
+        event = self.scheduler.abort(request_id)
+        if event is not None:
+            self._deliver([event])
+
+    def step(self) -> None:
+        """Plan and submit a step, then collect and commit the one before."""
+        started = perf_counter()
+        in_backend = 0.0
+        try:
+            plan = self.scheduler.plan()
+            entered = perf_counter()
+            ticket = self.backend.submit(plan) if plan is not None else None
+            result = self.backend.collect(self._ticket) if self._ticket is not None else None
+            in_backend = perf_counter() - entered
+            self._ticket = ticket
+            if plan is not None:
+                self._count(plan)
+            if result is not None:
+                self._deliver(self.scheduler.commit(result))
+        except Exception as error:
+            # The device's state is unknown: nothing in flight can be trusted, but the next request can be served.
+            log.exception("a step failed; every running request ends with an error")
+            self._ticket = None
+            self._deliver(self.scheduler.abort_all(f"the step failed on the device: {error}"))
+        self._host_s += perf_counter() - started - in_backend
+        self._backend_s += in_backend
+
+    def run(self) -> None:
+        """Step until nothing is left to do."""
+        while self.has_work:
+            self.step()
+
+    def fail_all(self, error: str) -> None:
+        """End every request with an error, whatever state the scheduler is in."""
+        sinks, self._sinks = self._sinks, {}
+        for request_id, sink in sinks.items():
+            self._last_words(sink, request_id, error)
+        self._finished += len(sinks)
+        self._failed += len(sinks)
+        self.scheduler.abort_all(error)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            self._steps, self._prompt_tokens, self._output_tokens, self._finished, self._failed,
+            self.scheduler.preemptions, self.scheduler.num_waiting, self.scheduler.num_running,
+            self._host_s, self._backend_s, self.arena.stats(),
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Prove the arena's invariants, and that nothing is held when nothing runs."""
+        self.arena.check()
+        if not self.has_work and self.arena.used_blocks:
+            raise EngineError(f"{self.arena.used_blocks} blocks are held by no request")
+
+    def close(self) -> None:
+        self.backend.close()
+
+    def _count(self, plan: StepPlan) -> None:
+        self._steps += 1
+        for row in plan.rows:
+            if row.sample is None or len(row.tokens) > 1:
+                self._prompt_tokens += len(row.tokens)
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            sink = self._sinks[event.request_id]
+            if event.token is not None:
+                self._output_tokens += 1
+            stop, finish = False, event.finish
+            try:
+                stop = sink(event)
+            except Exception as error:
+                log.exception("the receiver of request %d raised; the request ends", event.request_id)
+                if finish is None:
+                    self.scheduler.abort(event.request_id, FinishReason.ERROR)
+                    finish = FinishReason.ERROR
+                    self._last_words(sink, event.request_id, f"the receiver of its tokens raised {error!r}")
+            if stop and finish is None:
+                self.scheduler.abort(event.request_id, FinishReason.STOP)
+                finish = FinishReason.STOP
+            if finish is not None:
+                self._finished += 1
+                self._failed += finish is FinishReason.ERROR
+                del self._sinks[event.request_id]
+
+    def _last_words(self, sink: Sink, request_id: int, error: str) -> None:
+        """Tell a receiver that raised that its request has ended, so that nobody waits for it for ever."""
+        try:
+            sink(TokenEvent(request_id, None, None, (), FinishReason.ERROR, error))
+        except Exception:
+            log.exception("the receiver of request %d raised again at its end", request_id)
+
+
+def kv_blocks(backend: Backend, config: EngineConfig) -> int:
+    """How many blocks the memory budget buys; raises OutOfMemoryBudgetError with the numbers if it buys none."""
+    if config.num_kv_blocks is not None:
+        return config.num_kv_blocks
+    info, model = backend.info, backend.model
+    share = info.memory_share if config.memory_utilization is None else config.memory_utilization
+    budget = int(info.memory_bytes * share)
+    if isinstance(config.kv_cache_memory, int):
+        budget = config.kv_cache_memory
+    block_bytes = info.block_tokens * model.kv_bytes_per_token
+    num_blocks = budget // block_bytes
+    if num_blocks < 1:
+        raise OutOfMemoryBudgetError(
+            f"the KV budget of {budget:,} bytes holds no block of {info.block_tokens} tokens ({block_bytes:,} bytes); "
+            f"{info.memory_bytes:,} bytes are free on {info.device}: raise kv_cache_memory or memory_utilization"
+        )
+    # More than every slot's whole context can never be used.
+    longest = min(config.max_model_len or model.max_context_tokens, model.max_context_tokens)
+    return min(num_blocks, config.max_num_seqs * -(-longest // info.block_tokens))
+
+
+def limits_of(backend: Backend, config: EngineConfig, capacity_tokens: int) -> Limits:
+    """The longest sequence is the smallest of the model's context, max_model_len and the arena."""
+    model = backend.model
+    longest = model.max_context_tokens
+    reason = f"the model's context is {longest} tokens"
+    if config.max_model_len is not None and config.max_model_len < longest:
+        longest, reason = config.max_model_len, f"max_model_len is {config.max_model_len}"
+    if capacity_tokens < longest:
+        longest, reason = capacity_tokens, f"the KV arena holds {capacity_tokens} tokens; raise kv_cache_memory"
+    return Limits(
+        model.vocab_size, longest, reason, model.eos_token_ids, config.max_num_seqs, config.max_num_batched_tokens
+    )

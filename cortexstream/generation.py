@@ -1,0 +1,95 @@
+"""A prompt on its way: something to wait for, to read as it grows, and to cancel."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+
+from cortexstream.completion import Completion
+from cortexstream.engine import EngineThread
+from cortexstream.engine.core import Sink
+from cortexstream.outputs import RequestOutput, StreamChunk
+from cortexstream.request import Request, SamplingParams
+from cortexstream.scheduler import TokenEvent
+from cortexstream.text.tokenizer import Tokenizer
+
+Listener = Callable[[StreamChunk], None]
+
+
+class Generation:
+    """All completions of one prompt. Made by `LLM.submit`; every method may be called from any thread.
+
+    Iterating gives a StreamChunk per token and completion; leaving the loop early cancels. `listener`, if given, is called
+    with every chunk on the engine's thread and must not block; chunks then are not kept for iterating.
+    """
+
+    def __init__(
+        self, engine: EngineThread, tokenizer: Tokenizer | None, prompt: str | None, prompt_token_ids: tuple[int, ...],
+        sampling: SamplingParams, request_id: str | None = None, listener: Listener | None = None,
+    ) -> None:  # fmt: skip
+        self._engine = engine
+        self._prompt = prompt
+        self._prompt_token_ids = prompt_token_ids
+        self._requests = [engine.request(prompt_token_ids, sampling, index) for index in range(sampling.n)]
+        self.request_id = request_id if request_id is not None else str(self._requests[0].id)
+        self._completions = [Completion(i, sampling, tokenizer, prompt_token_ids) for i in range(sampling.n)]
+        self._chunks: queue.SimpleQueue[StreamChunk] = queue.SimpleQueue()
+        self._listener = listener if listener is not None else self._chunks.put
+        self._lock = threading.Lock()  # a snapshot must not see half a token
+        self._unfinished = sampling.n
+        self._done = threading.Event()
+
+    def sinks(self) -> list[tuple[Request, Sink]]:
+        """What the engine needs to run this: each request and where its events go."""
+        return [
+            (request, self._sink(completion))
+            for request, completion in zip(self._requests, self._completions, strict=True)
+        ]
+
+    @property
+    def done(self) -> bool:
+        return self._done.is_set()
+
+    def cancel(self) -> None:
+        """End what still runs with finish_reason "abort"; what was generated so far is kept. Idempotent."""
+        for request in self._requests:
+            self._engine.abort(request.id)
+
+    def output(self) -> RequestOutput:
+        """A snapshot of everything so far."""
+        with self._lock:
+            outputs = tuple(completion.output() for completion in self._completions)
+        return RequestOutput(self.request_id, self._prompt, self._prompt_token_ids, outputs)
+
+    def result(self, timeout_s: float | None = None) -> RequestOutput:
+        """Wait for the end. Raises TimeoutError (the generation goes on) if it takes longer."""
+        if not self._done.wait(timeout_s):
+            raise TimeoutError(f"request {self.request_id} is not finished after {timeout_s} s")
+        return self.output()
+
+    def __iter__(self) -> Iterator[StreamChunk]:
+        unfinished = len(self._completions)
+        try:
+            while unfinished:
+                chunk = self._chunks.get()
+                unfinished -= chunk.finish_reason is not None
+                yield chunk
+        finally:
+            if unfinished:
+                self.cancel()
+
+    def _sink(self, completion: Completion) -> Sink:
+        def take(event: TokenEvent) -> bool:
+            with self._lock:
+                text, stopped = completion.take(event)
+                finish = completion.finish_reason
+            tokens = () if event.token is None else (event.token,)
+            if finish is not None:
+                self._unfinished -= 1
+                if not self._unfinished:
+                    self._done.set()
+            self._listener(StreamChunk(self.request_id, completion.index, text, tokens, finish))
+            return stopped
+
+        return take

@@ -1,0 +1,212 @@
+"""The synchronous face."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from cortexstream import platform
+from cortexstream.backend import BackendInfo, BackendOptions, ModelInfo, WarmupReport
+from cortexstream.config import EngineConfig
+from cortexstream.engine import EngineStats, EngineThread
+from cortexstream.errors import EngineError, InvalidRequestError
+from cortexstream.generation import Generation, Listener
+from cortexstream.models import resolve_model
+from cortexstream.outputs import RequestOutput, StreamChunk
+from cortexstream.progress import progress, wanted
+from cortexstream.prompts import Prompt, Prompts, as_list, tokenize
+from cortexstream.request import SamplingParams
+from cortexstream.text.chat import render_chat
+from cortexstream.text.tokenizer import Tokenizer
+
+POLL_S = 0.1  # how often a wait looks up, so that an interrupt is noticed
+
+
+class LLM:
+    """A loaded model that answers prompts.
+
+        llm = LLM()                                   # the embedded model; or a folder, or a Hugging Face id
+        for out in llm.generate(["12+30=", "copy: tide"], SamplingParams(temperature=0)):
+            print(out.outputs[0].text)
+
+    `backend` is auto, mlx, cuda or reference; further options are those of `EngineConfig` (unknown names are a TypeError).
+    `skip_tokenizer_init=True` serves token ids from a folder without tokenizer files: no text, no stop strings.
+    Thread-safe. Also a context manager; `close` frees the device memory.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        backend: str = "auto",
+        tokenizer: str | Path | None = None,
+        skip_tokenizer_init: bool = False,
+        use_tqdm: bool | None = None,
+        **options: Any,
+    ) -> None:
+        extra = options.pop("backend_options", None) or {}
+        self.config = EngineConfig.from_kwargs({"model": None if model is None else str(model), "backend": backend, **options})
+        self.backend_name, self.probes = platform.choose(self.config.backend)
+        folder = None if self.backend_name == "null" else resolve_model(model, self.config.revision)
+        self.folder = folder
+        self.tokenizer: Tokenizer | None = None
+        if not skip_tokenizer_init and folder is not None:
+            self.tokenizer = Tokenizer.from_folder(folder if tokenizer is None else resolve_model(tokenizer))
+        created = BackendOptions(
+            model=None if folder is None else str(folder), dtype=self.config.dtype, max_num_seqs=self.config.max_num_seqs,
+            block_tokens=self.config.block_tokens, kv_layout=self.config.kv_layout, extra=extra,
+        )  # fmt: skip
+        with progress(f"loading {folder.name if folder else 'null'} on {self.backend_name}", None, wanted(use_tqdm)):
+            self._engine = EngineThread(lambda: platform.load(self.backend_name, created), self.config)
+
+    @property
+    def info(self) -> BackendInfo:
+        """The device and its fallbacks."""
+        return self._engine.info
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._engine.model
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of KV memory, allocated once at the start."""
+        return self._engine.kv_bytes
+
+    def generate(
+        self,
+        prompts: Prompts,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Complete one prompt or many, as one batch; results in the order of the prompts.
+
+        `sampling_params` is one for all or one per prompt; the default is SamplingParams(). Every prompt is checked before
+        any of them starts: bad input raises InvalidRequestError and leaves nothing behind. `use_tqdm` (vLLM's name)
+        shows progress; None shows it on a terminal.
+        """
+        generations = self._submit_all(as_list(prompts), sampling_params)
+        try:
+            with progress("generating", len(generations), wanted(use_tqdm)) as update:
+                for finished, generation in enumerate(generations, 1):
+                    self._wait(generation)
+                    update(finished)
+        except BaseException:
+            for generation in generations:
+                generation.cancel()
+            raise
+        return [generation.output() for generation in generations]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+        **template: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several, through the model's chat template.
+
+        A conversation is a list of {"role": ..., "content": ...}; `template` goes to `render_chat`.
+        """
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        prompts = [{"prompt_token_ids": self.encode_chat(m, **template)} for m in conversations]  # type: ignore[arg-type]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)  # type: ignore[arg-type]
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        listener: Listener | None = None,
+    ) -> Generation:
+        """Start one prompt and return at once; see `Generation` for waiting, reading and cancelling."""
+        generation = self._generation(prompt, sampling_params or SamplingParams(), request_id, listener)
+        self._engine.add(generation.sinks())
+        return generation
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
+        """The completion of one prompt, piece by piece; leaving the loop early cancels it."""
+        yield from self.submit(prompt, sampling_params)
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> str:
+        """A conversation as the text that the model was trained on, ready for an answer."""
+        return render_chat(self._need_tokenizer("chat"), messages, **template)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> list[int]:
+        """`render_chat` as token ids; the template writes the special tokens, so none are added."""
+        return self._need_tokenizer("chat").encode(self.render_chat(messages, **template), add_special_tokens=False)
+
+    def warmup(self, prompt_tokens: int = 64, batch: int | None = None) -> WarmupReport:
+        """Pay now for what the first request would pay: compilation, first touches. Needs an idle engine."""
+        rows = self.config.max_num_seqs if batch is None else batch
+        longest = self._engine.limits.max_tokens - 1
+        for field, value, limit in (("prompt_tokens", prompt_tokens, longest), ("batch", rows, self.config.max_num_seqs)):
+            if not 1 <= value <= limit:
+                raise InvalidRequestError(field, f"is {value}; must be 1 to {limit}")
+
+        def run(core: Any) -> WarmupReport:
+            if core.has_work:
+                raise EngineError("warmup needs an idle engine; requests are running")
+            report: WarmupReport = core.backend.warmup(prompt_tokens, rows)
+            return report
+
+        return self._engine.call(run)
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    def describe_arena(self) -> str:
+        """The KV arena as text: configuration, state, sequences, block map."""
+        return self._engine.call(lambda core: core.arena.describe())
+
+    def check(self) -> None:
+        """Prove the engine's invariants; raises if one is broken."""
+        self._engine.call(lambda core: core.check())
+
+    def close(self) -> None:
+        """End what runs with an error and free the device memory. Idempotent."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _submit_all(self, prompts: list[Any], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Generation]:
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise InvalidRequestError("sampling_params", f"has {len(params)} items for {len(prompts)} prompts")
+        generations = [self._generation(p, s, None, None) for p, s in zip(prompts, params, strict=True)]
+        self._engine.add([sink for generation in generations for sink in generation.sinks()])
+        return generations
+
+    def _generation(
+        self, prompt: Any, sampling: SamplingParams, request_id: str | None, listener: Listener | None
+    ) -> Generation:
+        if not isinstance(sampling, SamplingParams):
+            raise InvalidRequestError("sampling_params", f"is {type(sampling).__name__}; must be SamplingParams")
+        if sampling.stop and self.tokenizer is None:
+            raise InvalidRequestError("stop", "needs a tokenizer; use stop_token_ids with skip_tokenizer_init")
+        text, ids = tokenize(prompt, self.tokenizer)
+        return Generation(self._engine, self.tokenizer, text, ids, sampling, request_id, listener)
+
+    def _need_tokenizer(self, field: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InvalidRequestError(field, "needs a tokenizer; this model was loaded without one")
+        return self.tokenizer
+
+    @staticmethod
+    def _wait(generation: Generation) -> None:
+        while True:
+            try:
+                generation.result(POLL_S)
+                return
+            except TimeoutError:
+                continue

@@ -1,0 +1,1 @@
+"""The embedded model: a small Llama checkpoint and its tokenizer, in the files that Hugging Face uses."""

@@ -1,0 +1,56 @@
+"""What a caller gets back. Names and meanings are vLLM's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural log of a token's probability under the model's raw distribution."""
+
+    logprob: float
+    rank: int | None  # 1 is the likeliest; None for a drawn token that is not among the reported top
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One completion so far. `stop_reason` is the stop string or stop token id that ended it, None for others."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    cumulative_logprob: float | None  # None unless logprobs were asked for
+    logprobs: tuple[dict[int, Logprob], ...] | None  # one per token: the drawn token and the k likeliest
+    finish_reason: str | None  # "stop", "length", "abort", "error"; None while it runs
+    stop_reason: str | int | None = None
+    error: str | None = None  # why, when finish_reason is "error"
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """All completions of one prompt. `prompt` is None when the prompt was given as token ids."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+
+    @property
+    def finished(self) -> bool:
+        return all(output.finished for output in self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamChunk:
+    """What is new in one completion: text that is certain (a stop string or half a character is held back) and tokens."""
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None

@@ -1,0 +1,104 @@
+"""What crosses between the core and a backend in one step: plain immutable values, no behaviour.
+
+A plan is complete: a backend needs nothing else to run it, so a recorded plan can be replayed through any backend.
+These are named tuples and not dataclasses because a step makes one `PlanRow` per sequence, and a frozen dataclass
+takes four times as long to build (docs/log.md, "host work per step").
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+PENDING = -1
+"""Stands for a token that is not known yet: what this sequence drew in the step submitted just before."""
+
+
+class SampleSpec(NamedTuple):
+    """How a row draws its token. Everything but the logits is here, so the draw is a pure function.
+
+    The position that keys the noise is that of the drawn token: the row's `start + len(tokens)`.
+    """
+
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0  # 64 bits
+    index: int = 0  # which of a request's n samples
+    logprobs: int | None = None  # None: no logprob at all; k: the drawn token's and the k likeliest
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    prompt_tokens: tuple[int, ...] = ()  # filled only for a row with penalties
+    output_tokens: tuple[int, ...] = ()  # same; the last may be PENDING
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    banned: tuple[int, ...] = ()  # token ids that must not be drawn now
+
+    @property
+    def penalised(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+class KVRows(NamedTuple):
+    """Where a sequence's keys and values live: block ids in order of position.
+
+    With `contiguous` the blocks are adjacent, `blocks[0]` is the first and `len(blocks)` the capacity; a backend may
+    lay such a run out as it likes inside its blocks.
+    """
+
+    blocks: tuple[int, ...]
+    contiguous: bool
+
+
+class PlanRow(NamedTuple):
+    """One sequence's part of a step: feed `tokens` from position `start`, then draw if `sample` is given."""
+
+    seq_id: int
+    slot: int  # stable small number while the sequence runs; indexes per-sequence state on the device
+    tokens: tuple[int, ...]  # PENDING may stand only last
+    start: int  # position of tokens[0]
+    kv: KVRows  # covers positions 0 .. start + len(tokens)
+    sample: SampleSpec | None  # None: a chunk of the prompt that is not the last
+
+
+class Move(NamedTuple):
+    """Copy a sequence's first `num_tokens` positions from one run of blocks to another.
+
+    Moves are executed in order, each as if through a temporary: source and destination may overlap. Equal starts with
+    different sizes mean that a run grew in place; a backend whose layout depends on a run's capacity re-lays it out.
+    """
+
+    source: int  # first block
+    source_blocks: int
+    target: int
+    target_blocks: int
+    num_tokens: int
+
+
+class StepPlan(NamedTuple):
+    """All rows of a step. `moves` are done before any row is written."""
+
+    step: int
+    rows: tuple[PlanRow, ...]
+    moves: tuple[Move, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.tokens) for row in self.rows)
+
+
+class RowResult(NamedTuple):
+    """What one sampling row drew. Logprobs are natural logs of the model's raw distribution, before any processing."""
+
+    seq_id: int
+    token: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first
+    error: str | None = None  # this row alone failed (NaN logits, say); `token` means nothing then
+
+
+class StepResult(NamedTuple):
+    """One entry per plan row whose `sample` is not None, in the order of the plan."""
+
+    step: int
+    rows: tuple[RowResult, ...]

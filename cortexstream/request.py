@@ -1,0 +1,160 @@
+"""What a caller asks for: immutable, validated when it is made."""
+
+from __future__ import annotations
+
+import enum
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from cortexstream.errors import InvalidRequestError
+
+MAX_N = 128
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_SEED = 2**64 - 1
+
+
+class FinishReason(enum.StrEnum):
+    """Why a completion ended. STOP: an end-of-sequence token, a stop token or a stop string."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to draw a completion. Names and meanings are vLLM's.
+
+    Order of operations: logit_bias and banned tokens, penalties, temperature, min_p, top_k, top_p, draw
+    (`cortexstream.sampling` is the definition). Raises InvalidRequestError for a value out of its range, TypeError for
+    an unknown name.
+    """
+
+    n: int = 1  # completions per prompt, 1..128
+    max_tokens: int = 256  # at least 1
+    min_tokens: int = 0  # end-of-sequence and stop tokens are banned before this many; at most max_tokens
+    temperature: float = 1.0  # at least 0; 0 takes the likeliest token, the lowest id among equals
+    top_p: float = 1.0  # (0, 1]
+    top_k: int = 0  # 0 and -1 are off
+    min_p: float = 0.0  # [0, 1]
+    seed: int | None = None  # None: drawn from the engine's seed and the request's number
+    stop: tuple[str, ...] = ()  # strings that end the text; they are not part of it
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    repetition_penalty: float = 1.0  # (0, 10], over prompt and output
+    presence_penalty: float = 0.0  # [-2, 2], over output
+    frequency_penalty: float = 0.0  # [-2, 2], over output
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> [-100, 100]
+    logprobs: int | None = None  # 0..20: the drawn token's logprob and so many of the likeliest
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "stop", (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop, str))
+        put(self, "stop_token_ids", _items("stop_token_ids", self.stop_token_ids, int))
+        if not isinstance(self.logit_bias, Mapping):
+            raise InvalidRequestError("logit_bias", "must map token ids to numbers")
+        put(self, "logit_bias", {_int("logit_bias", k): _float("logit_bias", v) for k, v in self.logit_bias.items()})
+        if self.top_k == -1:
+            put(self, "top_k", 0)
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            put(self, name, _float(name, getattr(self, name)))
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequestError(name, f"is {getattr(self, name)!r}; must be True or False")
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        _in_range("n", self.n, 1, MAX_N)
+        _in_range("max_tokens", self.max_tokens, 1, None)
+        _in_range("min_tokens", self.min_tokens, 0, self.max_tokens, "max_tokens")
+        _in_range("top_k", self.top_k, 0, None)
+        _in_range("temperature", self.temperature, 0.0, None, integer=False)
+        _in_range("min_p", self.min_p, 0.0, 1.0, integer=False)
+        _in_range("presence_penalty", self.presence_penalty, -2.0, 2.0, integer=False)
+        _in_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0, integer=False)
+        if not 0.0 < self.top_p <= 1.0:
+            raise InvalidRequestError("top_p", f"is {self.top_p}; must be above 0 and at most 1 (1 is off)")
+        if not 0.0 < self.repetition_penalty <= 10.0:
+            raise InvalidRequestError("repetition_penalty", f"is {self.repetition_penalty}; must be above 0, at most 10")
+        if self.seed is not None:
+            _in_range("seed", self.seed, 0, MAX_SEED)
+        if self.logprobs is not None:
+            _in_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequestError("stop", f"has {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed")
+        if any(not s for s in self.stop):
+            raise InvalidRequestError("stop", "has an empty string; every stop string needs a character")
+        for token, bias in self.logit_bias.items():
+            _in_range("logit_bias", bias, -100.0, 100.0, integer=False, of=f"token {token}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Like `SamplingParams(**values)`; an unknown name is an InvalidRequestError."""
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise InvalidRequestError(name, f"unknown sampling parameter; known are {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+def _in_range(
+    name: str, value: float, low: float, high: float | None, high_name: str = "", *, integer: bool = True, of: str = ""
+) -> None:
+    if integer:
+        value = _int(name, value)
+    if value < low or (high is not None and value > high):
+        limit = f"at least {low}" if high is None else f"{low} to {high}"
+        limit += f" ({high_name})" if high_name else ""
+        raise InvalidRequestError(name, f"is {value}{' for ' + of if of else ''}; must be {limit}")
+
+
+def _int(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InvalidRequestError(name, f"is {value!r}; must be a whole number")
+    return int(value.__index__())
+
+
+def _float(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise InvalidRequestError(name, f"is {value!r}; must be a number") from None
+    if isinstance(value, (bool, str)) or not math.isfinite(number):
+        raise InvalidRequestError(name, f"is {value!r}; must be a finite number")
+    return number
+
+
+def _items(name: str, values: Iterable[Any], kind: type) -> tuple[Any, ...]:
+    items = tuple(values)
+    if kind is int:
+        return tuple(_int(name, item) for item in items)
+    for item in items:
+        if not isinstance(item, kind):
+            raise InvalidRequestError(name, f"has {item!r}; every item must be of type {kind.__name__}")
+    return items
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion to make: a prompt and how to continue it. A prompt with n > 1 becomes n requests.
+
+    `prompt_token_ids` is copied into a tuple. Whether ids, context and memory fit is checked by the scheduler, which
+    knows the model.
+    """
+
+    id: int
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int  # resolved: sampling.seed, or drawn by the engine
+    index: int = 0  # which of the prompt's n completions
+    arrival_s: float = field(default_factory=time.time)  # seconds since the epoch
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_token_ids", _items("prompt_token_ids", self.prompt_token_ids, int))

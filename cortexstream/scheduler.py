@@ -1,0 +1,247 @@
+"""Who runs in the next step."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cortexstream.errors import ArenaFullError, EngineError, InvalidRequestError
+from cortexstream.kv import KVArena
+from cortexstream.plan import PlanRow, RowResult, StepPlan, StepResult
+from cortexstream.request import FinishReason, Request
+from cortexstream.sequence import Sequence
+
+
+class TokenEvent(NamedTuple):
+    """One token of one request, or its end, or both. `token` is None when a request ends without drawing one."""
+
+    request_id: int
+    token: int | None
+    logprob: float | None
+    top_logprobs: tuple[tuple[int, float], ...]
+    finish: FinishReason | None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the scheduler must know about the model and the step."""
+
+    vocab_size: int
+    max_tokens: int  # longest sequence, prompt and output together
+    reason: str  # what set max_tokens, for error messages: "the model's context is 2048 tokens"
+    eos_token_ids: frozenset[int]
+    max_num_seqs: int
+    max_batched_tokens: int  # tokens of one step
+
+
+class _InFlight(NamedTuple):
+    """A row that was submitted, and whether it draws a token."""
+
+    sequence: Sequence
+    sample: bool
+
+
+class Scheduler:
+    """Continuous batching, first come first served, with chunked prefill under a token budget.
+
+    Every step holds one token of each sequence that is decoding, then chunks of prompts, oldest first, as the budget
+    allows. When the arena is full the youngest sequence gives its blocks up and goes back to the head of the queue; it
+    is computed again once another has finished, and draws the same tokens. `plan` may be called while one earlier plan
+    is not committed yet.
+    """
+
+    def __init__(self, arena: KVArena, limits: Limits) -> None:
+        self.arena = arena
+        self.limits = limits
+        self.preemptions = 0
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []  # oldest first
+        self._by_id: dict[int, Sequence] = {}
+        self._slots = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._in_flight: deque[tuple[int, list[_InFlight]]] = deque()
+        self._step = 0
+        self._hold = False  # no admissions: a sequence was preempted and none has finished since
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running or self._in_flight)
+
+    def get(self, request_id: int) -> Sequence | None:
+        """The sequence of a request that is waiting or running; None when it is unknown or finished."""
+        return self._by_id.get(request_id)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises InvalidRequestError, and keeps nothing, if it can never be served."""
+        if request.id in self._by_id:
+            raise InvalidRequestError("request_id", f"{request.id} is in use by a request that is not finished")
+        check_request(request, self.limits)
+        limit = min(len(request.prompt_token_ids) + request.sampling.max_tokens, self.limits.max_tokens)
+        sequence = Sequence(request, limit, self.limits.eos_token_ids)
+        self._by_id[request.id] = sequence
+        self._waiting.append(sequence)
+
+    def abort(self, request_id: int, reason: FinishReason = FinishReason.ABORT) -> TokenEvent | None:
+        """End a request now; its blocks are free at once. None if it is unknown or finished already."""
+        sequence = self._by_id.get(request_id)
+        if sequence is None:
+            return None
+        self._finish(sequence, reason)
+        return TokenEvent(request_id, None, None, (), reason)
+
+    def abort_all(self, error: str) -> list[TokenEvent]:
+        """End every request with an error and forget the plans in flight: the device is in an unknown state."""
+        self._in_flight.clear()
+        events = []
+        for sequence in list(self._by_id.values()):
+            self._finish(sequence, FinishReason.ERROR)
+            events.append(TokenEvent(sequence.request.id, None, None, (), FinishReason.ERROR, error))
+        self.arena.take_moves()
+        return events
+
+    def plan(self) -> StepPlan | None:
+        """Decide one step; None when there is nothing to do. Moves memory, but adds no token to a sequence.
+
+        All memory is settled first, because a compaction may move any sequence; rows are written down after that.
+        """
+        if len(self._in_flight) > 1:
+            raise EngineError("two plans are in flight already; commit the older one first")
+        self._grow_running()
+        self._admit_waiting()
+        rows: list[PlanRow] = []
+        flight: list[_InFlight] = []
+        budget = self.limits.max_batched_tokens
+        prefilling: list[Sequence] = []
+        for sequence in self._running:
+            pending = sequence.num_tokens - sequence.num_computed
+            if pending > 1:
+                prefilling.append(sequence)
+            elif pending and budget and sequence.num_tokens < sequence.limit_tokens:
+                budget -= self._add_row(sequence, 1, rows, flight)
+        for sequence in prefilling:
+            if budget:
+                pending = sequence.num_tokens - sequence.num_computed
+                budget -= self._add_row(sequence, min(pending, budget), rows, flight)
+        moves = self.arena.take_moves()
+        if not rows and not moves:
+            return None
+        self._step += 1
+        self._in_flight.append((self._step, flight))
+        return StepPlan(self._step, tuple(rows), moves)
+
+    def commit(self, result: StepResult) -> list[TokenEvent]:
+        """Apply the outcome of the oldest plan in flight: append tokens, stop, release. Returns what happened."""
+        if not self._in_flight or self._in_flight[0][0] != result.step:
+            raise EngineError(f"step {result.step} is not the oldest in flight")
+        flight = self._in_flight.popleft()[1]
+        sampled = [row.sequence for row in flight if row.sample]
+        if [s.request.id for s in sampled] != [row.seq_id for row in result.rows]:
+            raise EngineError(f"step {result.step}: the backend's results are not the plan's sampling rows in order")
+        events = []
+        for sequence, row in zip(sampled, result.rows, strict=True):
+            sequence.draws_pending -= 1
+            if sequence.finish is None:  # else it was aborted, or had stopped: a dead row
+                events.append(self._apply(sequence, row))
+        return events
+
+    def _apply(self, sequence: Sequence, row: RowResult) -> TokenEvent:
+        if row.error is not None:
+            self._finish(sequence, FinishReason.ERROR)
+            return TokenEvent(row.seq_id, None, None, (), FinishReason.ERROR, row.error)
+        sequence.tokens.append(row.token)
+        finish: FinishReason | None = None
+        if row.token in sequence.stop_ids:
+            finish = FinishReason.STOP
+        elif len(sequence.tokens) >= sequence.limit_tokens:
+            finish = FinishReason.LENGTH
+        if finish is not None:
+            self._finish(sequence, finish)
+        return TokenEvent(row.seq_id, row.token, row.logprob, row.top_logprobs, finish)
+
+    def _grow_running(self) -> None:
+        """Give every decoding sequence room for its next token, oldest first; the youngest pay."""
+        for sequence in list(self._running):
+            handle = sequence.handle
+            if handle is None or handle.position < handle.capacity_tokens or handle.position >= sequence.num_tokens:
+                continue
+            if sequence.num_tokens >= sequence.limit_tokens:
+                continue
+            while sequence.handle is not None:
+                try:
+                    self.arena.grow(handle, handle.position + 1)
+                    break
+                except ArenaFullError:
+                    self._preempt(self._running[-1])
+
+    def _admit_waiting(self) -> None:
+        """Claim room for whole prompts, in order of arrival, while slots and blocks last."""
+        while self._waiting and self._slots and not (self._hold and self._running):
+            sequence = self._waiting[0]
+            limit = sequence.limit_tokens - 1  # the last token's KV is never needed
+            if sequence.draws_pending or not self.arena.can_admit(sequence.num_tokens, limit):
+                break
+            self._waiting.popleft()
+            sequence.start(self.arena.admit(sequence.num_tokens, limit), self._slots.pop())
+            self._running.append(sequence)
+
+    def _add_row(self, sequence: Sequence, num_tokens: int, rows: list[PlanRow], flight: list[_InFlight]) -> int:
+        handle = sequence.handle
+        assert handle is not None
+        start = handle.position
+        tokens = sequence.pending_tokens(num_tokens)
+        handle.advance(num_tokens)
+        spec = sequence.sample_spec() if handle.position == sequence.num_tokens else None
+        rows.append(PlanRow(sequence.request.id, sequence.slot, tokens, start, handle.rows, spec))
+        flight.append(_InFlight(sequence, spec is not None))
+        if spec is not None:
+            sequence.draws_pending += 1
+        return num_tokens
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._slots.append(sequence.slot)
+        self.arena.release(sequence.preempt())
+        self._running.remove(sequence)
+        self._waiting.appendleft(sequence)
+        self.preemptions += 1
+        self._hold = True
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        if sequence.slot >= 0:
+            self._slots.append(sequence.slot)
+            self._running.remove(sequence)
+            self._hold = False
+        else:
+            self._waiting.remove(sequence)
+        handle = sequence.end(reason)
+        if handle is not None:
+            self.arena.release(handle)
+        del self._by_id[sequence.request.id]
+
+
+def check_request(request: Request, limits: Limits) -> None:
+    """Raise InvalidRequestError, with field, value and limit, if a request can never be served."""
+    prompt, sampling = request.prompt_token_ids, request.sampling
+    if not prompt:
+        raise InvalidRequestError("prompt", "is empty; it needs at least one token")
+    if len(prompt) >= limits.max_tokens:
+        raise InvalidRequestError(
+            "prompt",
+            f"has {len(prompt)} tokens; with one token of output at most {limits.max_tokens - 1} fit ({limits.reason})",
+        )
+    for name, ids in (
+        ("prompt", prompt), ("stop_token_ids", sampling.stop_token_ids), ("logit_bias", sampling.logit_bias),
+    ):  # fmt: skip
+        for token in (min(ids, default=0), max(ids, default=0)):
+            if not 0 <= token < limits.vocab_size:
+                raise InvalidRequestError(
+                    name, f"has token id {token}; the vocabulary has ids 0 to {limits.vocab_size - 1}"
+                )
