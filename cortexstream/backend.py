@@ -1,7 +1,7 @@
 """The contract between the core and a device: what a backend tells, and the calls it answers.
 
-A backend lives on one thread: it is created, used and closed by the engine's. It never sees a request, a sequence or the
-arena; it gets a `StepPlan` and gives back a `StepResult`.
+A backend lives on one thread: it is created, used and closed by the engine's. It never sees a request, a sequence or
+the arena; it gets a `StepPlan` and gives back a `StepResult`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ModelInfo:
     eos_token_ids: frozenset[int]
     layers: tuple[LayerKV, ...]
     kv_item_bytes: int  # bytes of one stored KV number
-    weight_bytes: int
+    weight_bytes: int  # as held in memory
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -84,7 +84,8 @@ class Backend(Protocol):
     """Seven members. `submit` may return before the device is done; `collect` waits.
 
     At most one further plan is submitted before the previous ticket is collected, and tickets are collected in order.
-    A token `PENDING` in a plan means what the row with the same slot drew in the plan submitted just before.
+    Within a step every row writes its KV before any row reads. A token `PENDING` in a plan means what the row with the
+    same slot drew in the plan submitted just before.
     """
 
     @property
@@ -102,7 +103,9 @@ class Backend(Protocol):
 
     def submit(self, plan: StepPlan) -> Ticket: ...
 
-    def collect(self, ticket: Ticket) -> StepResult: ...
+    def collect(self, ticket: Any) -> StepResult:
+        """Wait for a ticket that this backend's `submit` gave out."""
+        ...
 
     def warmup(self, prompt_tokens: int, batch: int) -> WarmupReport:
         """Do what the first request would otherwise pay for: compile and run a prefill of `prompt_tokens` and decode

@@ -1,13 +1,13 @@
 """Every error that CortexStream raises on purpose.
 
-    CortexStreamError
-    ├── InvalidRequestError      (ValueError)    the caller asked for something impossible; nothing was changed
-    ├── ModelLoadError           (ValueError)    a model folder is missing, broken, or of a kind that is not supported
-    ├── BackendUnavailableError  (RuntimeError)  the chosen backend cannot run here
-    ├── OutOfMemoryBudgetError   (MemoryError)   the memory budget cannot hold what must be held
-    ├── ArenaError               (RuntimeError)  wrong use of the KV arena; nothing was changed
-    │   └── ArenaFullError                       not enough free blocks
-    └── EngineError              (RuntimeError)  the engine is closed, or a step failed on the device
+CortexStreamError
+├── InvalidRequestError      (ValueError)    the caller asked for something impossible; nothing was changed
+├── ModelLoadError           (ValueError)    a model folder is missing, broken, or of a kind that is not supported
+├── BackendUnavailableError  (RuntimeError)  the chosen backend cannot run here
+├── OutOfMemoryBudgetError   (MemoryError)   the memory budget cannot hold what must be held
+├── ArenaError               (RuntimeError)  wrong use of the KV arena; nothing was changed
+│   └── ArenaFullError                       not enough free blocks
+└── EngineError              (RuntimeError)  the engine is closed, or a step failed on the device
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ Listener = Callable[[StreamChunk], None]
 class Generation:
     """All completions of one prompt. Made by `LLM.submit`; every method may be called from any thread.
 
-    Iterating gives a StreamChunk per token and completion; leaving the loop early cancels. `listener`, if given, is called
-    with every chunk on the engine's thread and must not block; chunks then are not kept for iterating.
+    Iterating gives a StreamChunk per token and completion; leaving the loop early cancels. `listener`, if given, is
+    called with every chunk on the engine's thread and must not block; chunks then are not kept for iterating.
     """
 
     def __init__(

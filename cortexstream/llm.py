@@ -31,9 +31,9 @@ class LLM:
         for out in llm.generate(["12+30=", "copy: tide"], SamplingParams(temperature=0)):
             print(out.outputs[0].text)
 
-    `backend` is auto, mlx, cuda or reference; further options are those of `EngineConfig` (unknown names are a TypeError).
-    `skip_tokenizer_init=True` serves token ids from a folder without tokenizer files: no text, no stop strings.
-    Thread-safe. Also a context manager; `close` frees the device memory.
+    `backend` is auto, mlx, cuda or reference; further options are those of `EngineConfig` (unknown names are a
+    TypeError). `skip_tokenizer_init=True` serves token ids from a folder without tokenizer files: no text, no stop
+    strings. Thread-safe. Also a context manager; `close` frees the device memory.
     """
 
     def __init__(
@@ -47,7 +47,9 @@ class LLM:
         **options: Any,
     ) -> None:
         extra = options.pop("backend_options", None) or {}
-        self.config = EngineConfig.from_kwargs({"model": None if model is None else str(model), "backend": backend, **options})
+        self.config = EngineConfig.from_kwargs(
+            {"model": None if model is None else str(model), "backend": backend, **options}
+        )
         self.backend_name, self.probes = platform.choose(self.config.backend)
         folder = None if self.backend_name == "null" else resolve_model(model, self.config.revision)
         self.folder = folder
@@ -55,8 +57,9 @@ class LLM:
         if not skip_tokenizer_init and folder is not None:
             self.tokenizer = Tokenizer.from_folder(folder if tokenizer is None else resolve_model(tokenizer))
         created = BackendOptions(
-            model=None if folder is None else str(folder), dtype=self.config.dtype, max_num_seqs=self.config.max_num_seqs,
-            block_tokens=self.config.block_tokens, kv_layout=self.config.kv_layout, extra=extra,
+            model=None if folder is None else str(folder), dtype=self.config.dtype,
+            max_num_seqs=self.config.max_num_seqs, block_tokens=self.config.block_tokens,
+            kv_layout=self.config.kv_layout, extra=extra,
         )  # fmt: skip
         with progress(f"loading {folder.name if folder else 'null'} on {self.backend_name}", None, wanted(use_tqdm)):
             self._engine = EngineThread(lambda: platform.load(self.backend_name, created), self.config)
@@ -84,9 +87,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete one prompt or many, as one batch; results in the order of the prompts.
 
-        `sampling_params` is one for all or one per prompt; the default is SamplingParams(). Every prompt is checked before
-        any of them starts: bad input raises InvalidRequestError and leaves nothing behind. `use_tqdm` (vLLM's name)
-        shows progress; None shows it on a terminal.
+        `sampling_params` is one for all or one per prompt; the default is SamplingParams(). Every prompt is checked
+        before any of them starts: bad input raises InvalidRequestError and leaves nothing behind. `use_tqdm` (vLLM's
+        name) shows progress; None shows it on a terminal.
         """
         generations = self._submit_all(as_list(prompts), sampling_params)
         try:
@@ -145,7 +148,10 @@ class LLM:
         """Pay now for what the first request would pay: compilation, first touches. Needs an idle engine."""
         rows = self.config.max_num_seqs if batch is None else batch
         longest = self._engine.limits.max_tokens - 1
-        for field, value, limit in (("prompt_tokens", prompt_tokens, longest), ("batch", rows, self.config.max_num_seqs)):
+        for field, value, limit in (
+            ("prompt_tokens", prompt_tokens, longest),
+            ("batch", rows, self.config.max_num_seqs),
+        ):
             if not 1 <= value <= limit:
                 raise InvalidRequestError(field, f"is {value}; must be 1 to {limit}")
 
@@ -175,10 +181,14 @@ class LLM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
-    def _submit_all(self, prompts: list[Any], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Generation]:
+    def _submit_all(
+        self, prompts: list[Any], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Generation]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):

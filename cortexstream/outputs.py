@@ -47,7 +47,7 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class StreamChunk:
-    """What is new in one completion: text that is certain (a stop string or half a character is held back) and tokens."""
+    """What is new in one completion: tokens, and text that is certain (half a character is held back)."""
 
     request_id: str
     index: int

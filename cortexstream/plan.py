@@ -24,7 +24,7 @@ class SampleSpec(NamedTuple):
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0  # 64 bits
-    index: int = 0  # which of a request's n samples
+    sample_index: int = 0  # which of a request's n completions
     logprobs: int | None = None  # None: no logprob at all; k: the drawn token's and the k likeliest
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0

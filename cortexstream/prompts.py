@@ -26,7 +26,9 @@ def as_list(prompts: Any) -> list[Any]:
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     if not isinstance(prompts, Sequence):
-        raise InvalidRequestError("prompt", f"is of type {type(prompts).__name__}; give text, token ids or a list of them")
+        raise InvalidRequestError(
+            "prompt", f"is of type {type(prompts).__name__}; give text, token ids or a list of them"
+        )
     if prompts and not isinstance(prompts[0], (str, Mapping, Sequence)):
         return [prompts]
     return list(prompts)
@@ -41,7 +43,9 @@ def tokenize(prompt: Any, tokenizer: Tokenizer | None) -> tuple[str | None, tupl
                 return prompt.get("prompt"), _ids(prompt["prompt_token_ids"])
             prompt = prompt["prompt"]
         else:
-            raise InvalidRequestError("prompt", f"has keys {sorted(map(str, keys))}; known are prompt, prompt_token_ids")
+            raise InvalidRequestError(
+                "prompt", f"has keys {sorted(map(str, keys))}; known are prompt, prompt_token_ids"
+            )
     if isinstance(prompt, str):
         if tokenizer is None:
             raise InvalidRequestError("prompt", "is text, but skip_tokenizer_init is set; give token ids")

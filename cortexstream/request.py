@@ -82,7 +82,9 @@ class SamplingParams:
         if not 0.0 < self.top_p <= 1.0:
             raise InvalidRequestError("top_p", f"is {self.top_p}; must be above 0 and at most 1 (1 is off)")
         if not 0.0 < self.repetition_penalty <= 10.0:
-            raise InvalidRequestError("repetition_penalty", f"is {self.repetition_penalty}; must be above 0, at most 10")
+            raise InvalidRequestError(
+                "repetition_penalty", f"is {self.repetition_penalty}; must be above 0, at most 10"
+            )
         if self.seed is not None:
             _in_range("seed", self.seed, 0, MAX_SEED)
         if self.logprobs is not None:

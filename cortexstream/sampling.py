@@ -1,8 +1,8 @@
 """The definition of a draw, in numpy: the order of operations and the noise.
 
-A backend's sampler must give the same token from the same float32 logits. Order (vLLM's): logit bias and bans, penalties,
-temperature, min-p, top-k, top-p, then Gumbel-max (the largest of z/T + noise, which samples softmax(z/T) exactly).
-Every threshold keeps its ties; top-p keeps the token that crosses it; at least one token is always kept.
+A backend's sampler must give the same token from the same float32 logits. Order (vLLM's): logit bias and bans,
+penalties, temperature, min-p, top-k, top-p, then Gumbel-max (the largest of z/T + noise, which samples softmax(z/T)
+exactly). Every threshold keeps its ties; top-p keeps the token that crosses it; at least one token is always kept.
 Temperature 0 skips everything after the penalties and takes the largest logit, the lowest id among equals.
 
 The noise of a token depends on (seed, position, sample index, token id) and on nothing else: not on the batch, the step
@@ -45,7 +45,7 @@ def philox(seed: int, counter: tuple[Ints, Ints, Ints, Ints]) -> tuple[Ints, Int
 def noise(seed: int, position: int, index: int, vocab_size: int) -> Floats:
     """Gumbel(0, 1) noise for every token id, float32 [vocab_size].
 
-    Bits: Philox with counter (id // 4, position, index, 0), lane id % 4. Then u = (bits + 1/2) / 2^32 in float32, capped
+    Bits: Philox with counter (id // 4, position, index, 0), lane id % 4. Then u = (bits + 1/2) / 2^32 in float32, kept
     below 1, and noise = -log(-log1p(-u)): small u, where the large noise is, keeps all 32 bits.
     """
     counter = np.arange(-(-vocab_size // 4), dtype=np.uint32)
@@ -64,7 +64,7 @@ def draw(logits: Floats, spec: SampleSpec, position: int) -> int:
     if spec.temperature == 0.0:
         return int(np.argmax(z))
     z = keep(z / np.float32(spec.temperature), spec)
-    return int(np.argmax(z + noise(spec.seed, position, spec.index, len(z))))
+    return int(np.argmax(z + noise(spec.seed, position, spec.sample_index, len(z))))
 
 
 def bias(z: Floats, spec: SampleSpec) -> Floats:

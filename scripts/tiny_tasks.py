@@ -1,7 +1,7 @@
 """The text that the embedded model is trained on: small tasks with one right answer, made from a random generator.
 
-Each task draws a prompt and its answer. A tenth of all prompts, chosen by a checksum of the prompt, is never trained on:
-`held_out` tells which, and `scripts/train_tiny.py --evaluate` asks only those.
+Each task draws a prompt and its answer. A tenth of all prompts, chosen by a checksum of the prompt, is never trained
+on: `held_out` tells which, and `scripts/train_tiny.py --evaluate` asks only those.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python scripts/train_tiny.py --minutes 60        needs torch and transformers; two CPU cores are enough
     python scripts/train_tiny.py --evaluate          needs only cortexstream
 
-The folder that it writes (cortexstream/models/tiny) holds standard Hugging Face files: a Llama-architecture checkpoint in
-bfloat16 and a sentencepiece tokenizer with its tokenizer.json twin. One character is one token, so that every task
-is about positions and not about spelling; a character outside ASCII becomes its UTF-8 bytes.
+The folder that it writes (cortexstream/models/tiny) holds standard Hugging Face files: a Llama-architecture
+checkpoint in bfloat16 and a sentencepiece tokenizer with its tokenizer.json twin. One character is one token, so that
+every task is about positions and not about spelling; a character outside ASCII becomes its UTF-8 bytes.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class Encoder:
 
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.vocab_size: int = self.tokenizer.get_vocab_size()
-        self.system, self.user, self.assistant, self.end = (self.tokenizer.token_to_id(t) for t in SPECIAL)
+        vocab: dict[str, int] = self.tokenizer.get_vocab()
+        self.system, self.user, self.assistant, self.end = (vocab[token] for token in SPECIAL)
 
     def ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -1,8 +1,8 @@
 """Decode attention over sequences that lie apart: stock `mx.fast.scaled_dot_product_attention`, one call per segment.
 
-mlx-lm's models call a module-level `scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)` that each
-model file imports by name. `teach` wraps that name in the files of one model, so that keys and values may be `Ragged`; with
-ordinary arrays the original runs.
+mlx-lm's models call a module-level `scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)`
+that each model file imports by name. `teach` wraps that name in the files of one model, so that keys and values may
+be `Ragged`; with ordinary arrays the original runs.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ class RaggedNotPossible(Exception):
 
 
 class Segment(NamedTuple):
-    """Rows first .. first + count of the batch, which attend to positions start .. start + length of their own runs."""
+    """Rows first .. first + rows of the batch, which attend to positions start .. start + length of their own runs."""
 
     first: int
-    count: int
+    rows: int
     start: int
     length: int
-    valid: np.ndarray | None  # bool [count, length], None where every key may be seen
+    valid: np.ndarray | None  # bool [rows, length], None where every key may be seen
 
 
 class Ragged:
-    """Keys (or values) of a batch as separate views [count, heads, length, dim], one per segment."""
+    """Keys (or values) of a batch as separate views [rows, heads, length, dim], one per segment."""
 
     def __init__(self, views: list[mx.array], segments: list[Segment]) -> None:
         self.views, self.segments = views, segments
@@ -71,7 +71,7 @@ def ragged_attention(
         raise RaggedNotPossible("the model made a mask of its own")
     outputs = []
     for k, v, segment in zip(keys.views, values.views, keys.segments, strict=True):
-        q = queries[segment.first : segment.first + segment.count]
+        q = queries[segment.first : segment.first + segment.rows]
         outputs.append(
             mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=_mask(segment, q.shape[1]), sinks=sinks)
         )
@@ -79,8 +79,8 @@ def ragged_attention(
 
 
 def _mask(segment: Segment, heads: int) -> mx.array | None:
-    """bool [count, heads, 1, length], contiguous: a mask that is broadcast over heads is copied in every layer on Metal."""
+    """bool [rows, heads, 1, length], contiguous: Metal copies a broadcast mask in every layer."""
     if segment.valid is None:
         return None
     valid = mx.array(segment.valid)[:, None, None, :]
-    return mx.contiguous(mx.broadcast_to(valid, (segment.count, heads, 1, segment.length)))
+    return mx.contiguous(mx.broadcast_to(valid, (segment.rows, heads, 1, segment.length)))

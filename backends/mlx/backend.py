@@ -1,8 +1,8 @@
 """Plans in, tokens out, through mlx-lm's models.
 
-A step is a row of launches: one per prompt chunk (whose logits nobody needs), then one for all rows of one token, which are
-the decoding sequences and the last tokens of prompts. Launches are *guarded*: the graph of the next is built while the last
-one runs, but it is submitted only when that is done, so that MLX can write every pool in place.
+A step is a row of launches: one per prompt chunk (whose logits nobody needs), then one for all rows of one token,
+which are the decoding sequences and the last tokens of prompts. Launches are *guarded*: the graph of the next is
+built while the last one runs, but it is submitted only when that is done, so that MLX can write every pool in place.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from cortexstream.backend import BackendInfo, BackendOptions, ModelInfo, WarmupReport
+from cortexstream.backend import BackendInfo, BackendOptions, WarmupReport
 from cortexstream.backends.common.memory import host_memory_bytes
 from cortexstream.backends.mlx import models
 from cortexstream.backends.mlx.attention import RaggedNotPossible, teach
@@ -33,7 +33,7 @@ SELF_TEST_STEPS = 3
 
 
 class MlxTicket(NamedTuple):
-    """A step in flight. Arrays are None when no row draws; `order` maps the plan's sampling rows to rows of the arrays."""
+    """A step in flight. Arrays are None when no row draws; `order` maps sampling rows to rows of the arrays."""
 
     step: int
     rows: tuple[PlanRow, ...]
@@ -44,7 +44,7 @@ class MlxTicket(NamedTuple):
 
 
 class MlxBackend:
-    """See the module's docstring. Used from one thread. Options in `extra`: group_attention (bool, default: on a GPU)."""
+    """See the module's docstring. Option in `extra`: group_attention (bool, by default on a GPU only)."""
 
     def __init__(self, options: BackendOptions) -> None:
         if options.kv_layout == "paged":
@@ -296,7 +296,7 @@ def _result(row: PlanRow, token: int, logprobs: mx.array | None, place: int) -> 
     if count:
         # A few more than asked for, so that ties at the border go to the lowest ids as the definition says.
         ids = mx.argpartition(-values, min(2 * count, values.size - 1))[: 2 * count + 1]
-        pairs = list(zip(ids.tolist(), values[ids].tolist(), strict=True))  # type: ignore[call-overload]
+        pairs = list(zip(ids.tolist(), values[ids].tolist(), strict=True))
         top = tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:count])
     return RowResult(row.seq_id, token, float(values[token].item()), top)
 

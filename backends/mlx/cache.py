@@ -1,8 +1,8 @@
 """What mlx-lm's models see as their KV cache: the pool, through mlx-lm 0.32's cache protocol.
 
 A model calls, per layer, `make_mask` (once per kind of layer), reads `offset` for the rotary positions, and
-`update_and_fetch(keys, values)`. The objects here live for one forward pass; nothing of them may survive it, because a view
-that is still alive turns the next write into a copy of the whole pool.
+`update_and_fetch(keys, values)`. The objects here live for one forward pass; nothing of them may survive it, because
+a view that is still alive turns the next write into a copy of the whole pool.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class ChunkCache(_LayerCache):
 class Batch:
     """A forward pass over one token of each of several sequences, at `positions`.
 
-    With `ragged`, attention gets one view per sequence, or per group of neighbours of equal capacity when `grouped`; else
-    keys and values are gathered into padded arrays, which any model accepts and which copies them.
+    With `ragged`, attention gets one view per sequence, or per group of neighbours of equal capacity when `grouped`;
+    else keys and values are gathered into padded arrays, which any model accepts and which copies them.
     """
 
     def __init__(self, pool: RowPool, spans: list[Span], positions: list[int], ragged: bool, grouped: bool) -> None:
@@ -142,7 +142,7 @@ class BatchCache(_LayerCache):
             if return_array or (self.window is None and window_size is not None):
                 raise RaggedNotPossible("the model wants its mask as an array")
             return None
-        positions, first = self._gathered()
+        positions = self._gathered()
         mask = (positions >= 0) & (positions <= np.array(self._batch.positions)[:, None])
         if self.window is None and window_size is not None:
             mask &= positions > np.array(self._batch.positions)[:, None] - window_size
@@ -154,20 +154,20 @@ class BatchCache(_LayerCache):
         if not batch.ragged:
             return self._gather()
         segments = batch.segments(self.window)
-        views = [pool.view(self.layer, batch.spans[s.first], s.start, s.length, s.count) for s in segments]
+        views = [pool.view(self.layer, batch.spans[s.first], s.start, s.length, s.rows) for s in segments]
         return Ragged([k for k, _ in views], segments), Ragged([v for _, v in views], segments)
 
-    def _gathered(self) -> tuple[np.ndarray, int]:
+    def _gathered(self) -> np.ndarray:
         """Positions [sequences, length] that a padded array holds; negative ones are padding."""
         ends = np.array(self._batch.positions) + 1
         length = int(ends.max()) if self.window is None else min(int(ends.max()), self.window)
         starts = np.zeros_like(ends) if self.window is None else np.maximum(ends - length, 0)
         positions = starts[:, None] + np.arange(length)[None]
-        return np.where(positions < ends[:, None], positions, -1), length
+        return np.where(positions < ends[:, None], positions, -1)
 
     def _gather(self) -> tuple[mx.array, mx.array]:
         """Padded copies [sequences, heads, length, dim]; padding repeats position 0, which is finite, and is masked."""
-        positions = np.maximum(self._gathered()[0], 0)
+        positions = np.maximum(self._gathered(), 0)
         first = np.array([s.first for s in self._batch.spans]) * self.heads
         capacity = np.array([s.capacity for s in self._batch.spans])
         heads = np.arange(self.heads)[None, :] * capacity[:, None]

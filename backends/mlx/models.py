@@ -13,10 +13,16 @@ from mlx_lm.utils import load_model
 
 from cortexstream.backend import LayerKV, ModelInfo
 from cortexstream.backends.common.checkpoint import check_weights, eos_token_ids, read_config
+from cortexstream.backends.common.layers import windows_of
 from cortexstream.errors import ModelLoadError
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+
+WINDOWS_IGNORED = ("mistral", "qwen2", "qwen3")
+"""Families whose sliding window mlx-lm does not read from config.json. Our cache can apply it: attention sees only
+what the cache shows."""
 
 
 class LoadedModel(NamedTuple):
@@ -36,7 +42,7 @@ def load(folder: Path, dtype: str) -> LoadedModel:
     eos = eos_token_ids(folder, config)
     architecture = str(config["model_type"])
     try:
-        model, config = load_model(folder, lazy=True)
+        model, config = load_model(folder, lazy=True, model_config=_rope_as_mlx_lm_reads_it(config))
         if dtype == "auto" and not mx.metal.is_available():
             dtype = "float32"  # MLX's half-precision matmuls on a CPU are slower and no other backend rounds like them
         if dtype != "auto":
@@ -47,11 +53,13 @@ def load(folder: Path, dtype: str) -> LoadedModel:
     return describe(model, config, architecture, eos, str(folder))
 
 
-def describe(model: nn.Module, config: dict[str, Any], architecture: str, eos: frozenset[int], name: str) -> LoadedModel:
+def describe(
+    model: nn.Module, config: dict[str, Any], architecture: str, eos: frozenset[int], name: str
+) -> LoadedModel:
     """Learn the KV geometry by running one token through mlx-lm's own caches."""
     caches = make_prompt_cache(model)
     for layer, cache in enumerate(caches):
-        if type(cache) not in (KVCache, RotatingKVCache) or getattr(cache, "keep", 0):
+        if type(cache) not in (KVCache, RotatingKVCache) or getattr(cache, "keep", False):
             raise ModelLoadError(
                 f"{name}: {architecture} keeps the state of layer {layer} in a {type(cache).__name__}; "
                 "the mlx backend serves models whose layers use a KVCache or a RotatingKVCache"
@@ -61,12 +69,13 @@ def describe(model: nn.Module, config: dict[str, Any], architecture: str, eos: f
         mx.eval(logits, [c.keys for c in caches])
     except Exception as error:
         raise ModelLoadError(f"{name}: this {architecture} model cannot run one token: {error}") from error
+    windows = [c.max_size if type(c) is RotatingKVCache else None for c in caches]
+    if architecture in WINDOWS_IGNORED and not any(windows):
+        windows = list(windows_of(config))
     layers = tuple(
-        LayerKV(
-            c.keys.shape[1], c.keys.shape[3], c.values.shape[3], c.max_size if type(c) is RotatingKVCache else None
-        )
-        for c in caches
-    )  # fmt: skip
+        LayerKV(c.keys.shape[1], c.keys.shape[3], c.values.shape[3], window)
+        for c, window in zip(caches, windows, strict=True)
+    )
     kv_dtype = caches[0].keys.dtype
     info = ModelInfo(
         architecture=architecture, vocab_size=logits.shape[-1], max_context_tokens=_context(model, config, name),
@@ -76,9 +85,22 @@ def describe(model: nn.Module, config: dict[str, Any], architecture: str, eos: f
     return LoadedModel(model, info, kv_dtype)
 
 
+def _rope_as_mlx_lm_reads_it(config: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5 writes `rope_parameters`, which mlx-lm's older model files do not read: they would silently use
+    their default theta and no scaling. Returns the same settings under the old names, where those are missing."""
+    parameters = config.get("rope_parameters")
+    if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
+        return {}
+    old: dict[str, Any] = {}
+    if "rope_theta" in parameters and config.get("rope_theta") is None:
+        old["rope_theta"] = parameters["rope_theta"]
+    if parameters.get("rope_type", "default") != "default" and config.get("rope_scaling") is None:
+        old["rope_scaling"] = {k: v for k, v in parameters.items() if k != "rope_theta"}
+    return old
+
+
 def _context(model: nn.Module, config: dict[str, Any], name: str) -> int:
-    sources = [config, config.get("text_config", {}), vars(getattr(model, "args", object)) if hasattr(model, "args") else {}]
-    for source in sources:
+    for source in (config, config.get("text_config", {}), vars(model.args) if hasattr(model, "args") else {}):
         for key in CONTEXT_KEYS:
             if isinstance(source.get(key), int):
                 return int(source[key])

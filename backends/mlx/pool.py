@@ -4,12 +4,12 @@ A sequence owns a run of blocks. Inside its run the rows are head-major:
 
     row of (head h, position p) = first row of the run + h * capacity + p
 
-so that keys and values of one sequence are a strided view [1, heads, length, dim] of the pool, without a copy, and runs of
-equal capacity that lie side by side are one batched view. Because a row's place depends on the run's capacity, a run that
-grows in place is laid out anew (a planned move).
+so that keys and values of one sequence are a strided view [1, heads, length, dim] of the pool, without a copy, and
+runs of equal capacity that lie side by side are one batched view. Because a row's place depends on the run's
+capacity, a run that grows in place is laid out anew (a planned move).
 
-MLX writes into a pool in place only while nothing else refers to it: no view may outlive the step that made it, and no two
-evaluations that touch a pool may be in flight. `addresses` is how that is proved.
+MLX writes into a pool in place only while nothing else refers to it: no view may outlive the step that made it, and
+no two evaluations that touch a pool may be in flight. `addresses` is how that is proved.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class RowPool:
         except RuntimeError as error:
             needed = sum(la.num_kv_heads * (la.key_dim + la.value_dim) for la in layers) * dtype.size * self.num_tokens
             raise OutOfMemoryBudgetError(
-                f"{needed:,} bytes of KV for {num_blocks} blocks could not be allocated ({error}); lower kv_cache_memory"
+                f"{needed:,} bytes of KV for {num_blocks} blocks could not be allocated ({error}): "
+                "lower kv_cache_memory"
             ) from error
 
     @property
@@ -62,7 +63,7 @@ class RowPool:
         self.values[layer][rows] = values
 
     def view(self, layer: int, span: Span, start: int, length: int, count: int = 1) -> tuple[mx.array, mx.array]:
-        """Keys and values [count, heads, length, dim] of positions start.. of `count` runs side by side, without a copy."""
+        """Keys and values [count, heads, length, dim] of positions start.. of `count` runs side by side, not copied."""
         heads = self.layers[layer].num_kv_heads
         views = []
         for pool in (self.keys[layer], self.values[layer]):
@@ -84,7 +85,9 @@ class RowPool:
         positions = np.arange(move.num_tokens)
         for layer, spec in enumerate(self.layers):
             heads = spec.num_kv_heads
-            kept = [mx.take(pool[layer], row_index(source, heads, positions), axis=0) for pool in (self.keys, self.values)]
+            kept = [
+                mx.take(pool[layer], row_index(source, heads, positions), axis=0) for pool in (self.keys, self.values)
+            ]
             _finish(*kept)
             self.write(layer, row_index(target, heads, positions), kept[0], kept[1])
             _finish(self.keys[layer], self.values[layer])

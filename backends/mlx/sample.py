@@ -13,10 +13,13 @@ from cortexstream.sampling import PHILOX_M, PHILOX_ROUNDS, PHILOX_W
 LOW_WORD = 0xFFFFFFFF
 
 
-def sample(logits: mx.array, specs: Sequence[SampleSpec], positions: Sequence[int], pending: Sequence[mx.array | None]) -> mx.array:
+def sample(
+    logits: mx.array, specs: Sequence[SampleSpec], positions: Sequence[int], pending: Sequence[mx.array | None]
+) -> mx.array:
     """Draw one token per row, int32 [rows], from float32 logits [rows, vocabulary].
 
-    `positions` are those of the drawn tokens. `pending[i]` is the token (scalar array) that PENDING stands for in row i.
+    `positions` are those of the drawn tokens. `pending[i]` is the token (scalar array) that PENDING stands for in row
+    i.
     """
     z = _penalise(_bias(logits, specs), specs, pending)
     greedy = mx.argmax(z, axis=-1).astype(mx.int32)
@@ -39,7 +42,7 @@ def noise(specs: Sequence[SampleSpec], positions: Sequence[int], vocab_size: int
     low, high = words([s & LOW_WORD for s in seeds]), words([s >> 32 & LOW_WORD for s in seeds])
     zero = mx.zeros((len(specs), -(-vocab_size // 4)), mx.uint64)
     c0, c1 = zero + mx.arange(zero.shape[1], dtype=mx.uint64)[None], zero + words(positions)
-    c2, c3 = zero + words([spec.index for spec in specs]), zero
+    c2, c3 = zero + words([spec.sample_index for spec in specs]), zero
     word, shift = mx.array(LOW_WORD, mx.uint64), mx.array(32, mx.uint64)
     m0, m1, w0, w1 = (mx.array(v, mx.uint64) for v in (*PHILOX_M, *PHILOX_W))
     for _ in range(PHILOX_ROUNDS):
@@ -78,7 +81,9 @@ def _bias(z: mx.array, specs: Sequence[SampleSpec]) -> mx.array:
 def _penalise(z: mx.array, specs: Sequence[SampleSpec], pending: Sequence[mx.array | None]) -> mx.array:
     if not any(spec.penalised for spec in specs):
         return z
-    seen, counts = zip(*(_history(spec, last, z.shape[1]) for spec, last in zip(specs, pending, strict=True)), strict=True)
+    seen, counts = zip(
+        *(_history(spec, last, z.shape[1]) for spec, last in zip(specs, pending, strict=True)), strict=True
+    )
     used, count = mx.stack(seen), mx.stack(counts)
     repetition = _column([spec.repetition_penalty for spec in specs])
     z = mx.where(used, mx.where(z > 0, z / repetition, z * repetition), z)

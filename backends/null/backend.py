@@ -1,8 +1,8 @@
 """A model of integers whose every token depends on every KV entry before it, read where the plan says it is.
 
-A wrong block, a stale block, a missed write or a missed move changes the tokens. KV[p] depends on KV[p - 1], so a cache that
-matched the wrong prefix cannot hide either. In the "run" layout entries are stored at an offset that depends on the
-run's capacity, as a head-major layout does: a run that grows in place without a move is caught.
+A wrong block, a stale block, a missed write or a missed move changes the tokens. KV[p] depends on KV[p - 1], so a
+cache that matched the wrong prefix cannot hide either. In the "run" layout entries are stored at an offset that
+depends on the run's capacity, as a head-major layout does: a run that grows in place without a move is caught.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def next_token(context: list[int], spec: SampleSpec, vocab_size: int) -> int:
 
 
 def draw(summary: int, position: int, spec: SampleSpec, vocab_size: int) -> int:
-    state = mix(mix(mix(summary, spec.seed), position), spec.index) if spec.temperature else summary
+    state = mix(mix(mix(summary, spec.seed), position), spec.sample_index) if spec.temperature else summary
     token = (state >> 16) % vocab_size
     while token in spec.banned:
         token = (token + 1) % vocab_size
@@ -57,9 +57,9 @@ class NullBackend:
             memory_bytes=int(extra.pop("memory_bytes", 1 << 24)), dtype="int64",
         )  # fmt: skip
         self.model = ModelInfo(
-            architecture="null", vocab_size=self._vocab_size, layers=(LayerKV(1, 1, 1),), kv_item_bytes=8, weight_bytes=0,
-            max_context_tokens=int(extra.pop("max_context_tokens", 4096)),
-            eos_token_ids=frozenset() if eos is None else frozenset([int(eos)]),
+            architecture="null", vocab_size=self._vocab_size, layers=(LayerKV(1, 1, 1),), kv_item_bytes=8,
+            weight_bytes=0, max_context_tokens=int(extra.pop("max_context_tokens", 4096)), eos_token_ids=frozenset()
+            if eos is None else frozenset([int(eos)]),
         )  # fmt: skip
         if extra:
             raise EngineError(f"the null backend has no option {sorted(extra)[0]!r}")

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cortexstream.backends.common.layers import count, flag, windows_of
 from cortexstream.errors import ModelLoadError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-LAYER_TYPES = {"full_attention", "sliding_attention"}
 ROPE_TYPES = ("default", "linear", "llama3")
 ROPE_THETA = 10000.0  # what all four families mean when the file does not say
 ORIGINAL_CONTEXT = "original_max_position_embeddings"
@@ -53,29 +53,29 @@ def settings_from(config: Json) -> Settings:
             f"{', '.join(FAMILIES)}; use the mlx or the cuda backend"
         )
     _refuse_variants(config)
-    heads = _count(config, "num_attention_heads")
-    kv_heads = heads if config.get("num_key_value_heads") is None else _count(config, "num_key_value_heads")
+    heads = count(config, "num_attention_heads")
+    kv_heads = heads if config.get("num_key_value_heads") is None else count(config, "num_key_value_heads")
     if heads % kv_heads:
         raise ModelLoadError(f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads evenly")
     head_dim = _head_dim(config, heads)
-    max_context_tokens = _count(config, "max_position_embeddings")
-    attention_bias = _flag(config, "attention_bias") and family in ("llama", "qwen3")
+    max_context_tokens = count(config, "max_position_embeddings")
+    attention_bias = flag(config, "attention_bias") and family in ("llama", "qwen3")
     return Settings(
         family=family,
-        vocab_size=_count(config, "vocab_size"),
-        hidden_size=_count(config, "hidden_size"),
-        intermediate_size=_count(config, "intermediate_size"),
+        vocab_size=count(config, "vocab_size"),
+        hidden_size=count(config, "hidden_size"),
+        intermediate_size=count(config, "intermediate_size"),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         max_context_tokens=max_context_tokens,
         rms_norm_eps=_number(config, "rms_norm_eps"),
-        tied=None if config.get("tie_word_embeddings") is None else _flag(config, "tie_word_embeddings"),
+        tied=None if config.get("tie_word_embeddings") is None else flag(config, "tie_word_embeddings"),
         qkv_bias=family == "qwen2" or attention_bias,
         output_bias=attention_bias,
-        mlp_bias=_flag(config, "mlp_bias") and family == "llama",
+        mlp_bias=flag(config, "mlp_bias") and family == "llama",
         qk_norm=family == "qwen3",
-        windows=_windows(config),
+        windows=windows_of(config),
         inv_freq=inverse_frequencies(rope_settings(config), head_dim, max_context_tokens),
     )
 
@@ -134,39 +134,13 @@ def _refuse_variants(config: Json) -> None:
             raise ModelLoadError(f"config.json: {key} {seen[key]!r} is not supported; the reference knows {value!r}")
 
 
-def _windows(config: Json) -> tuple[int | None, ...]:
-    """mistral has one window for all layers; qwen2 and qwen3 for those that layer_types or max_window_layers name."""
-    layers, family, types = _count(config, "num_hidden_layers"), config["model_type"], config.get("layer_types")
-    if types is not None and (type(types) is not list or len(types) != layers or not set(types) <= LAYER_TYPES):
-        raise ModelLoadError(f"config.json: layer_types must be {layers} times one of {', '.join(sorted(LAYER_TYPES))}")
-    full: tuple[int | None, ...] = (None,) * layers
-    if family in ("llama", "mistral"):
-        if types is not None and len(set(types)) > 1:
-            raise ModelLoadError(f"config.json: mixed layer_types are not supported for model_type {family!r}")
-        uniform = (types or [None])[0]
-        if family == "llama" and uniform in (None, "full_attention"):
-            return full
-        if family == "mistral" and uniform in (None, "sliding_attention"):
-            return full if config.get("sliding_window") is None else (_count(config, "sliding_window"),) * layers
-        raise ModelLoadError(f"config.json: layer_types of {uniform!r} are not supported for model_type {family!r}")
-    if not _flag(config, "use_sliding_window") or config.get("sliding_window") is None:
-        if types is not None and set(types) != {"full_attention"}:
-            raise ModelLoadError("config.json: layer_types name sliding layers, but use_sliding_window is not true")
-        return full
-    window = _count(config, "sliding_window")
-    if types is None:
-        first = _count(config, "max_window_layers", at_least=0)
-        return tuple(window if layer >= first else None for layer in range(layers))
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
-
-
 def _head_dim(config: Json, heads: int) -> int:
     if config.get("head_dim") is not None:
-        head_dim = _count(config, "head_dim")
+        head_dim = count(config, "head_dim")
     elif config["model_type"] == "qwen3":
         raise ModelLoadError("config.json has no head_dim; a qwen3 model needs one")
     else:
-        hidden = _count(config, "hidden_size")
+        hidden = count(config, "hidden_size")
         if hidden % heads:
             raise ModelLoadError(f"config.json: hidden_size {hidden} is no multiple of {heads} attention heads")
         head_dim = hidden // heads
@@ -175,22 +149,8 @@ def _head_dim(config: Json, heads: int) -> int:
     return head_dim
 
 
-def _count(config: Json, key: str, at_least: int = 1) -> int:
-    value = config.get(key)
-    if type(value) is not int or value < at_least:
-        raise ModelLoadError(f"config.json: {key} is {value!r}; it must be a whole number of at least {at_least}")
-    return value
-
-
 def _number(config: Json, key: str) -> float:
     value: Any = config.get(key)
     if type(value) not in (int, float) or not 0 < value < float("inf"):
         raise ModelLoadError(f"config.json: {key} is {value!r}; it must be a number above 0")
     return float(value)
-
-
-def _flag(config: Json, key: str) -> bool:
-    value = config.get(key)
-    if value is not None and type(value) is not bool:
-        raise ModelLoadError(f"config.json: {key} is {value!r}; it must be true or false")
-    return bool(value)

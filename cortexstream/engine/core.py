@@ -25,8 +25,8 @@ request at once with FinishReason.STOP, and no further event follows. A sink tha
 class EngineCore:
     """Add requests, call `step` until `has_work` is False. Use from one thread: the backend's.
 
-    One plan is in flight: `step` submits plan t+1 before it reads the tokens of plan t, so the device works while the host
-    appends, detokenises and schedules. A sequence that turns out to have ended costs one row of the next step.
+    One plan is in flight: `step` submits plan t+1 before it reads the tokens of plan t, so the device works while the
+    host appends, detokenises and schedules. A sequence that turns out to have ended costs one row of the next step.
     """
 
     def __init__(self, backend: Backend, config: EngineConfig) -> None:

@@ -41,7 +41,12 @@ class EngineThread:
         self._thread = threading.Thread(target=self._main, args=(load, ready), name="cortexstream-engine", daemon=True)
         self._thread.start()
         core = ready.result()
-        self.info, self.model, self.limits, self.kv_bytes = core.backend.info, core.backend.model, core.limits, core.kv_bytes
+        self.info, self.model, self.limits, self.kv_bytes = (
+            core.backend.info,
+            core.backend.model,
+            core.limits,
+            core.kv_bytes,
+        )
 
     def request(self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams, index: int = 0) -> Request:
         """A new request, numbered and with its seed resolved; raises InvalidRequestError if it can never be served."""

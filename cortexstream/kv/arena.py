@@ -14,8 +14,8 @@ from cortexstream.kv.handle import KVHandle
 from cortexstream.plan import Move
 
 GROWTH = 1.5
-"""Ratio of neighbouring capacity classes of a run: 1.5 copies each token about twice over a sequence's life and leaves a
-fifth of a run unused on average (docs/log.md, "capacity classes")."""
+"""Ratio of neighbouring capacity classes of a run: 1.5 copies each token about twice over a sequence's life and
+leaves a fifth of a run unused on average (docs/log.md, "capacity classes")."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class KVArena:
 
     placement "paged": a sequence owns any blocks. placement "run": it owns adjacent blocks, as many as its capacity
     class has; when holes are too small the arena moves sequences together. Both admit a sequence if and only if
-    `need_blocks` blocks are free in total. Moves are collected by `take_moves` and executed by the backend at the start of
-    the next step; a handle's blocks are already the new ones.
+    `need_blocks` blocks are free in total. Moves are collected by `take_moves` and executed by the backend at the
+    start of the next step; a handle's blocks are already the new ones.
 
     Invariants, which `check` proves:
 
@@ -137,14 +137,17 @@ class KVArena:
                 return
             if self.blocks_for(num_tokens) > handle.limit_blocks:
                 raise ArenaFullError(
-                    f"{num_tokens} tokens exceed the {handle.limit_blocks * self.block_tokens} that this sequence may use"
+                    f"{num_tokens} tokens exceed this sequence's limit of "
+                    f"{handle.limit_blocks * self.block_tokens} tokens"
                 )
             target = self.need_blocks(num_tokens, handle.limit_blocks * self.block_tokens)
             if target - len(handle.blocks) > self.free_blocks:
                 target = self.blocks_for(num_tokens)  # better a tight fit than a preemption
             extra = target - len(handle.blocks)
             if extra > self.free_blocks:
-                raise ArenaFullError(f"{extra} more blocks are needed, {self.free_blocks} of {self.num_blocks} are free")
+                raise ArenaFullError(
+                    f"{extra} more blocks are needed, {self.free_blocks} of {self.num_blocks} are free"
+                )
             if self.placement == "paged":
                 handle.place(handle.blocks + tuple(self._allocator.allocate_any(extra, after=handle.blocks[-1] + 1)))
             else:
@@ -187,9 +190,8 @@ class KVArena:
                 f"configuration: {self.num_blocks} blocks of {self.block_tokens} tokens, placement {self.placement}",
                 f"state: {stats.used_blocks} used, {stats.free_blocks} free, fragmentation {stats.fragmentation:.2f}",
                 f"sequences: {len(sequences)}",
-                *(f"  {h.position}/{h.capacity_tokens} tokens, blocks [{h.blocks[0]}, +{len(h.blocks)}]" for h in sequences),
-                "blocks ('X' used, '.' free):",
-                self._allocator.block_map(),
+                *(f"  {h.position}/{h.capacity_tokens} tokens, blocks [{h.blocks[0]}, +{len(h.blocks)}]" for h in
+                sequences), "blocks ('X' used, '.' free):", self._allocator.block_map(),
             ])  # fmt: skip
 
     def check(self) -> None:

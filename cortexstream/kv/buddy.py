@@ -1,4 +1,4 @@
-"""A buddy allocator with the exactness that the textbook one lacks: any pool size, no rounding of what is handed out."""
+"""A buddy allocator without the waste of the textbook one: any pool size, and what is handed out is not rounded."""
 
 from __future__ import annotations
 

@@ -41,9 +41,7 @@ def cheapest_window(gaps: Sequence[int], sizes: Sequence[int], need: int, around
     return best[1], best[2]
 
 
-def slides(
-    gaps: Sequence[int], runs: Sequence[Run], first: int, last: int, pivot: int
-) -> list[tuple[int, int]]:
+def slides(gaps: Sequence[int], runs: Sequence[Run], first: int, last: int, pivot: int) -> list[tuple[int, int]]:
     """(run index, new start) for runs first..last-1, in a safe order: those below `pivot` slide left, lowest first; the
     others slide right, highest first. Runs that stay where they are are left out."""
     moves: list[tuple[int, int]] = []

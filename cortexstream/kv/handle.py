@@ -13,7 +13,16 @@ class KVHandle:
     next token goes.
     """
 
-    __slots__ = ("_block_tokens", "_rows", "blocks", "capacity_tokens", "contiguous", "limit_blocks", "live", "position")
+    __slots__ = (
+        "_block_tokens",
+        "_rows",
+        "blocks",
+        "capacity_tokens",
+        "contiguous",
+        "limit_blocks",
+        "live",
+        "position",
+    )
 
     def __init__(self, blocks: tuple[int, ...], block_tokens: int, contiguous: bool, limit_blocks: int) -> None:
         self._block_tokens = block_tokens

@@ -132,9 +132,12 @@ def _plain(field: str, value: Any) -> Any:
     """A copy made of JSON types alone, so that a template never holds an object with methods of its own."""
     if value is None or isinstance(value, bool):
         return value
-    for kind in (str, int, float):
-        if isinstance(value, kind):
-            return kind.__new__(kind, value) if type(value) is not kind else value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
     if isinstance(value, Mapping):
         return {_plain(field, key): _plain(field, item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

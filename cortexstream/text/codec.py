@@ -102,7 +102,7 @@ class SentencePieceCodec:
         plain = config.values.get("legacy", True) is False
         self._later = SentencePieceProcessor(model_proto=model + NO_DUMMY_PREFIX) if plain else self._first
         self._num_pieces: int = self._first.get_piece_size()
-        self.special_tokens = {**self._roles(), **config.special_tokens}
+        self.special_tokens: Mapping[str, str] = {**self._roles(), **config.special_tokens}
         added = self._added_tokens(config)
         self.vocab_size = max(self._num_pieces, *(token.id + 1 for token in added), 0)
         self.special_ids = frozenset(token.id for token in added if token.special)
@@ -184,7 +184,7 @@ class TransformersCodec:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self.special_tokens: dict[str, str] = dict(tokenizer.special_tokens_map)
+        self.special_tokens: Mapping[str, str] = dict(tokenizer.special_tokens_map)
         self._id_of: dict[str, int] = tokenizer.get_vocab()
         self.vocab_size = max(self._id_of.values(), default=-1) + 1
         self.special_ids = frozenset(tokenizer.all_special_ids)
@@ -203,4 +203,5 @@ class TransformersCodec:
 
 def _pattern(token: AddedToken) -> str:
     """One group that matches the token, with the white space that it swallows outside the group."""
-    return rf"{'\\s*' if token.lstrip else ''}({re.escape(token.content)}){'\\s*' if token.rstrip else ''}"
+    before, after = (r"\s*" if swallows else "" for swallows in (token.lstrip, token.rstrip))
+    return f"{before}({re.escape(token.content)}){after}"

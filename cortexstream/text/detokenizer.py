@@ -17,8 +17,8 @@ class Detokenizer:
     """The text of a completion as its tokens come; the pieces joined are the text of all tokens together.
 
     A token's text depends on its neighbours: a space before a word is dropped at the start of a text, and a character
-    can be spread over up to four tokens. So every token is decoded with those before it, at first the prompt's. The last few are
-    enough: a character has four bytes and a token at least one, and the rule about the start of a text only asks
+    can be spread over four tokens. So every token is decoded with those before it, at first the prompt's. The last few
+    are enough: a character has four bytes and a token at least one, and the rule about the start of a text only asks
     whether something visible came before (which `_tail` keeps). That makes a token's cost independent of the length.
 
     Text is held back while it ends in U+FFFD that a next token may complete. A prompt that ends inside a character
@@ -39,7 +39,8 @@ class Detokenizer:
         self._window.append(token_id)
         before, self._text = self._text, self._decode(self._window)
         if not self._text.startswith(before[: self._shown]):
-            self._shown = min(self._shown, _certain(before))  # the prompt's unfinished character was completed
+            # The prompt's unfinished character was completed.
+            self._shown = min(self._shown, _num_equal(before, self._text))
         end = _certain(self._text)
         piece = self._text[self._shown : end]
         self._shown = max(self._shown, end)
@@ -86,3 +87,9 @@ class Detokenizer:
 def _certain(text: str) -> int:
     """How many characters of a text no further token can change."""
     return max(len(text.rstrip(REPLACEMENT)), len(text) - MAX_OPEN)
+
+
+def _num_equal(one: str, other: str) -> int:
+    """Length of the longest common beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))

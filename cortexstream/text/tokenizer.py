@@ -37,8 +37,8 @@ class Tokenizer:
             codec = _ask_transformers(folder, config)
         else:
             raise ModelLoadError(
-                f"{folder} has no tokenizer: tokenizer.json, tokenizer.model and tokenizer_config.json were looked for; "
-                "add one of them, or set skip_tokenizer_init=True and give token ids"
+                f"{folder} has no tokenizer: tokenizer.json, tokenizer.model and tokenizer_config.json were looked "
+                "for; add one of them, or set skip_tokenizer_init=True and give token ids"
             )
         return cls(codec, config)
 
@@ -135,8 +135,8 @@ def _ask_transformers(folder: Path, config: TokenizerConfig) -> Codec:
         from transformers import AutoTokenizer
     except ModuleNotFoundError as error:
         raise ModelLoadError(
-            f"{folder} has a tokenizer_config.json, but neither tokenizer.json nor tokenizer.model; install transformers "
-            "to read it, or set skip_tokenizer_init=True and give token ids"
+            f"{folder} has a tokenizer_config.json, but neither tokenizer.json nor tokenizer.model; install "
+            "transformers to read it, or set skip_tokenizer_init=True and give token ids"
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -146,8 +146,13 @@ def _ask_transformers(folder: Path, config: TokenizerConfig) -> Codec:
             f"{folder} has neither tokenizer.json nor tokenizer.model, and transformers cannot make a tokenizer from "
             f"its tokenizer_config.json: {reason}; or set skip_tokenizer_init=True and give token ids"
         ) from error
-    if not tokenizer.is_fast:
-        return TransformersCodec(tokenizer)
-    codec = TokenizersCodec(tokenizer.backend_tokenizer, config)
-    codec.special_tokens = dict(tokenizer.special_tokens_map)
+    codec: Codec = TransformersCodec(tokenizer)
+    if tokenizer.is_fast:
+        codec = TokenizersCodec(tokenizer.backend_tokenizer, config)
+        codec.special_tokens = dict(tokenizer.special_tokens_map)
+    if codec.vocab_size <= len(codec.special_ids):  # without its vocabulary files transformers makes an empty tokenizer
+        raise ModelLoadError(
+            f"{folder} has no vocabulary: tokenizer.json, tokenizer.model and the files of its tokenizer class "
+            f"({type(tokenizer).__name__}) were looked for; add them, or set skip_tokenizer_init=True"
+        )
     return codec

@@ -80,7 +80,7 @@ def test_embedded_model_runs_without_device_libraries() -> None:
         + "from cortexstream import LLM, SamplingParams\n"
         + "with LLM() as llm:\n"
         + "    (output,) = llm.generate('2+3=', SamplingParams(temperature=0, max_tokens=4))\n"
-        + "    print(llm.backend.name, len(output.outputs[0].token_ids))"
+        + "    print(llm.info.name, len(output.outputs[0].token_ids))"
     )
     name, tokens = python(code).split()
     assert name == "reference" and int(tokens) >= 1

@@ -1,0 +1,204 @@
+"""The mlx backend's memory: views without copies, moves that keep contents, pools that never move."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cortexstream.backend import BackendOptions, LayerKV
+from cortexstream.config import EngineConfig
+from cortexstream.engine import EngineCore
+from cortexstream.errors import InvalidRequestError
+from cortexstream.kv import KVArena
+from cortexstream.plan import Move
+from cortexstream.request import Request, SamplingParams
+from tests.conftest import require
+from tests.parity.tiny_models import write_model
+
+mx = require("mlx")
+require("mlx_lm")
+BLOCK = 16
+
+
+def make_pool(num_blocks: int, dtype: Any = None) -> Any:
+    from cortexstream.backends.mlx.pool import RowPool
+
+    return RowPool((LayerKV(2, 8, 8), LayerKV(3, 8, 4)), num_blocks, BLOCK, dtype or mx.float32)
+
+
+def fill(pool: Any, span: Any, positions: range, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Write random keys and values; returns them per layer, [heads, positions, dim]."""
+    from cortexstream.backends.mlx.pool import row_index
+
+    rng = np.random.default_rng(seed)
+    written = []
+    for layer, spec in enumerate(pool.layers):
+        k = rng.standard_normal((spec.num_kv_heads, len(positions), spec.key_dim), dtype=np.float32)
+        v = rng.standard_normal((spec.num_kv_heads, len(positions), spec.value_dim), dtype=np.float32)
+        pool.write(layer, row_index(span, spec.num_kv_heads, np.array(positions)), mx.array(k), mx.array(v))
+        written.append((k, v))
+    mx.async_eval([*pool.keys, *pool.values])
+    mx.synchronize()
+    return written
+
+
+def read(pool: Any, span: Any, length: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [
+        (np.array(k[0]), np.array(v[0]))
+        for k, v in (pool.view(layer, span, 0, length) for layer in range(len(pool.layers)))
+    ]
+
+
+def test_f18_pool_size_dtype_and_zeros() -> None:
+    pool = make_pool(4, mx.bfloat16)
+    assert pool.nbytes == 4 * BLOCK * (2 * (8 + 8) + 3 * (8 + 4)) * 2
+    assert all(not mx.any(array).item() and array.dtype == mx.bfloat16 for array in (*pool.keys, *pool.values))
+
+
+def test_f22_views_are_the_memory_itself() -> None:
+    """Token 20 of a run of 16-token blocks, written through the pool, is read by the view for every head; the view lies
+    inside the pool and costs nothing."""
+    from cortexstream.backends.mlx.pool import Span, _address, row_index
+
+    pool = make_pool(8)
+    span = Span(2 * BLOCK, 3 * BLOCK)
+    value = np.arange(16, dtype=np.float32).reshape(2, 1, 8)
+    pool.write(0, row_index(span, 2, np.array([20])), mx.array(value), mx.array(-value))
+    base = pool.addresses()[0]
+    mx.synchronize()
+    active = mx.get_active_memory()
+    mx.reset_peak_memory()
+    keys, values = pool.view(0, span, 0, 21)
+    mx.eval(keys, values)
+    assert mx.get_peak_memory() <= active, "a view allocated memory"
+    assert np.array_equal(np.array(keys)[0, :, 20], value[:, 0]) and np.array_equal(
+        np.array(values)[0, :, 20], -value[:, 0]
+    )
+    assert base <= _address(keys) < base + pool.keys[0].nbytes
+    with pytest.raises(IndexError):
+        pool.view(2, span, 0, 21)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [((0, 2), (4, 3)), ((3, 2), (2, 2)), ((2, 2), (3, 2)), ((1, 2), (1, 4)), ((4, 3), (0, 2))],
+    ids=["apart", "overlap-left", "overlap-right", "grow-in-place", "shrink"],
+)  # fmt: skip
+def test_f17_f20_a_move_keeps_every_bit(source: tuple[int, int], target: tuple[int, int]) -> None:
+    from cortexstream.backends.mlx.pool import Span
+
+    pool = make_pool(8)
+    written = fill(pool, Span(source[0] * BLOCK, source[1] * BLOCK), range(29), seed=3)
+    before = pool.addresses()
+    pool.move(Move(*source, *target, 29))
+    moved = read(pool, Span(target[0] * BLOCK, target[1] * BLOCK), 29)
+    for (k, v), (k2, v2) in zip(written, moved, strict=True):
+        assert np.array_equal(k, k2) and np.array_equal(v, v2)
+    assert pool.addresses() == before
+
+
+def test_p8_compaction_keeps_the_survivors() -> None:
+    """Random admissions, growth and releases: after every operation each live sequence still reads what it wrote."""
+    from cortexstream.backends.mlx.pool import Span
+
+    rng = random.Random(5)
+    arena, pool = KVArena(24, BLOCK), make_pool(24)
+    live: dict[Any, list[tuple[np.ndarray, np.ndarray]]] = {}
+    compactions = 0
+    for operation in range(150):
+        if live and rng.random() < 0.45:
+            handle = rng.choice(list(live))
+            del live[handle]
+            arena.release(handle)
+        elif arena.can_admit(tokens := rng.randint(1, 100)):
+            handle = arena.admit(tokens)
+            for move in arena.take_moves():
+                pool.move(move)
+            handle.advance(tokens)
+            span = Span(handle.blocks[0] * BLOCK, handle.capacity_tokens)
+            live[handle] = fill(pool, span, range(tokens), operation)
+        compactions = arena.stats().compactions
+        for handle, written in live.items():
+            for (k, v), (k2, v2) in zip(
+                written,
+                read(pool, Span(handle.blocks[0] * BLOCK, handle.capacity_tokens), handle.position),
+                strict=True,
+            ):
+                assert np.array_equal(k, k2) and np.array_equal(v, v2)
+    assert compactions > 3, "the trace must exercise compaction"
+
+
+def serve(folder: Path, steps: int, blocks: int) -> tuple[Any, int]:
+    """Random requests until `steps` steps were made; returns (core, largest growth of peak memory in one step)."""
+    from cortexstream.backends import mlx as module
+
+    backend = module.create(BackendOptions(str(folder), max_num_seqs=6))
+    core = EngineCore(backend, EngineConfig(num_kv_blocks=blocks, max_num_seqs=6, max_num_batched_tokens=32))
+    rng = random.Random(1)
+    before, number, growth = backend.pool.addresses(), 0, 0
+    while core.stats().steps < steps:
+        if core.scheduler.num_waiting < 2:
+            ids = tuple(rng.randrange(200) for _ in range(rng.randint(1, 60)))
+            core.add(
+                Request(number, ids, SamplingParams(max_tokens=rng.randint(1, 25), temperature=0), 0), lambda e: False
+            )
+            number += 1
+        active = mx.get_active_memory()
+        mx.reset_peak_memory()
+        core.step()
+        growth = max(growth, mx.get_peak_memory() - active)
+    core.run()
+    assert backend.pool.addresses() == before
+    return core, growth
+
+
+def test_p9_pools_stay_in_place_for_1000_steps(tmp_path: Path) -> None:
+    """1,000 steps with joins, leaves, growth, compaction and preemption: addresses unchanged, and no step's peak memory
+    grows by a pool (an address could come back after two copies; the peak could not hide them)."""
+    from cortexstream.backends.mlx.pool import RowPool
+
+    folder = write_model(tmp_path, "llama", {"num_hidden_layers": 2, "head_dim": 64})
+    core, growth = serve(folder, 1000, blocks=14)
+    stats = core.stats()
+    assert stats.arena.compactions and stats.arena.relocations and stats.preemptions
+    large, large_growth = serve(folder, 200, blocks=4000)
+    pool = large.backend.pool
+    assert isinstance(pool, RowPool) and large_growth < pool.keys[0].nbytes / 4, "a step copied a pool"
+    assert growth < 8 << 20
+
+
+def test_self_test_falls_back_loudly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If the pools moved in the start-up test, steps stop overlapping, a note says so, and answers are the same."""
+    from cortexstream.backends import mlx as module
+    from cortexstream.backends.mlx.pool import RowPool
+
+    calls = iter(range(100))
+    right = RowPool.addresses
+    monkeypatch.setattr(RowPool, "addresses", lambda self: [next(calls)])
+    folder = write_model(tmp_path, "llama", {})
+    backend = module.create(BackendOptions(str(folder), max_num_seqs=2))
+    core = EngineCore(backend, EngineConfig(num_kv_blocks=8, max_num_seqs=2))
+    monkeypatch.setattr(RowPool, "addresses", right)
+    assert "do not overlap" in backend.info.notes[0] and "do not overlap" in caplog.text
+    tokens: list[int | None] = []
+
+    def keep(event: Any) -> bool:
+        tokens.append(event.token)
+        return False
+
+    core.add(Request(0, (1, 2, 3), SamplingParams(max_tokens=5, temperature=0), 0), keep)
+    core.run()
+    assert len(tokens) == 5
+
+
+def test_paged_layout_is_refused(tmp_path: Path) -> None:
+    from cortexstream.backends import mlx as module
+
+    folder = write_model(tmp_path, "llama", {})
+    with pytest.raises(InvalidRequestError, match="kv_layout: is 'paged'"):
+        module.create(BackendOptions(str(folder), kv_layout="paged"))

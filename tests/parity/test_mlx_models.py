@@ -1,0 +1,147 @@
+"""The mlx backend against plain mlx-lm, by architecture: same weights, same tokens, every logit compared."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cortexstream.backend import BackendOptions
+from cortexstream.config import EngineConfig
+from cortexstream.engine import EngineCore
+from cortexstream.errors import ModelLoadError
+from cortexstream.request import Request, SamplingParams
+from tests.conftest import require
+from tests.parity.tiny_models import FULL, REFUSED, WINDOWED, write_model
+
+mx = require("mlx")
+require("mlx_lm")
+
+PROMPTS = (41, 7, 90, 33)  # tokens; the last joins while the others decode
+OUTPUTS = (30, 12, 18, 25)  # the second leaves first
+CHUNK = 16
+
+
+class Recorder:
+    """Keeps the logits of every decode row that a backend computes, by sequence and position."""
+
+    def __init__(self, backend: Any) -> None:
+        self.logits: dict[tuple[int, int], np.ndarray] = {}
+        self._forward = backend._forward
+        backend._forward = self
+
+    def __call__(self, pool: Any, rows: Any, positions: list[int], tokens: Any) -> Any:
+        logits = self._forward(pool, rows, positions, tokens)
+        for row, position, values in zip(rows, positions, np.array(logits.astype(mx.float32)), strict=True):
+            self.logits[row.seq_id, position] = values
+        return logits
+
+
+def run(folder: Path, group: bool) -> tuple[dict[int, list[int]], dict[tuple[int, int], np.ndarray], Any]:
+    """Serve PROMPTS with chunked prefill, a join and a leave; returns all tokens, all logits and the backend."""
+    from cortexstream.backends import mlx as module
+
+    backend = module.create(BackendOptions(str(folder), max_num_seqs=4, extra={"group_attention": group}))
+    core = EngineCore(backend, EngineConfig(num_kv_blocks=40, max_num_seqs=4, max_num_batched_tokens=CHUNK))
+    recorder = Recorder(backend)
+    rng = random.Random(0)
+    tokens: dict[int, list[int]] = {}
+    before = backend.pool.addresses()
+    for number, (prompt, output) in enumerate(zip(PROMPTS, OUTPUTS, strict=True)):
+        ids = [rng.randrange(200) for _ in range(prompt)]
+        tokens[number] = list(ids)
+        request = Request(number, tuple(ids), SamplingParams(max_tokens=output, temperature=0, ignore_eos=True), 0)
+
+        def sink(event: Any, number: int = number) -> bool:
+            tokens[number].append(event.token)
+            return False
+
+        if number == 3:
+            while core.scheduler.get(1) is not None:
+                core.step()
+        core.add(request, sink)
+    core.run()
+    core.check()
+    assert backend.pool.addresses() == before, "a pool was copied"
+    return tokens, recorder.logits, backend
+
+
+def plain_logits(folder: Path, tokens: list[int], prompt: int) -> np.ndarray:
+    """mlx-lm alone: the prompt but its last token at once, then one token at a time; logits [steps, vocabulary]."""
+    from mlx_lm.models.cache import make_prompt_cache
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(folder)
+    cache = make_prompt_cache(model)
+    if prompt > 1:
+        model(mx.array([tokens[: prompt - 1]]), cache=cache)
+    steps = [model(mx.array([[token]]), cache=cache)[0, -1] for token in tokens[prompt - 1 : -1]]
+    return np.array(mx.stack(steps).astype(mx.float32))
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["rows", "groups"])
+@pytest.mark.parametrize("architecture", [*FULL, *WINDOWED])
+def test_every_logit_equals_plain_mlx_lm(architecture: str, group: bool, tmp_path: Path) -> None:
+    """P3's start: chunked prefill, batched decode, a join and a leave. Exact for full attention (row-wise calls, on a
+    CPU); within 1e-4 for windows, whose plain cache is a ring with its keys in another order."""
+    folder = write_model(tmp_path, architecture, {**FULL, **WINDOWED}[architecture])
+    tokens, logits, backend = run(folder, group)
+    assert backend.info.notes == (), "this architecture should decode from separate views"
+    worst = 0.0
+    for number, prompt in enumerate(PROMPTS):
+        assert len(tokens[number]) == prompt + OUTPUTS[number]
+        for step, expected in enumerate(plain_logits(folder, tokens[number], prompt)):
+            worst = max(worst, float(np.abs(logits[number, prompt - 1 + step] - expected).max()))
+    exact = architecture in FULL and not group and not mx.metal.is_available()
+    assert worst == 0.0 if exact else worst < 1e-4
+
+
+def test_a_model_that_cannot_follow_views_is_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fallback gives the same logits and says so in `info.notes`."""
+    from cortexstream.backends.mlx import backend as module
+
+    folder = write_model(tmp_path, "gemma3_text", WINDOWED["gemma3_text"])
+    monkeypatch.setattr(module, "teach", lambda model: False)
+    tokens, logits, backend = run(folder, group=False)
+    assert len(backend.info.notes) == 1 and "padded copies" in backend.info.notes[0]
+    for number, prompt in enumerate(PROMPTS):
+        for step, expected in enumerate(plain_logits(folder, tokens[number], prompt)):
+            assert np.abs(logits[number, prompt - 1 + step] - expected).max() < 1e-4
+
+
+def test_probe_sees_a_wrong_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: an attention that reads one key too few is not accepted as a way to decode."""
+    from cortexstream.backends.mlx import cache
+
+    right = cache.Batch._segment
+
+    def short(self: Any, first: int, count: int, window: int | None) -> Any:
+        segment = right(self, first, count, window)
+        return segment._replace(length=segment.length - 1)
+
+    monkeypatch.setattr(cache.Batch, "_segment", short)
+    folder = write_model(tmp_path, "llama", {})
+    _, _, backend = run(folder, group=False)
+    assert "padded copies" in backend.info.notes[0]
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_other_cache_kinds_are_refused_by_name(architecture: str, tmp_path: Path) -> None:
+    from cortexstream.backends import mlx as module
+
+    folder = write_model(tmp_path, architecture, REFUSED[architecture])
+    with pytest.raises(ModelLoadError, match=rf"{architecture} keeps the state of layer 0 in a ArraysCache"):
+        module.create(BackendOptions(str(folder)))
+
+
+def test_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
+    from cortexstream.backends import mlx as module
+
+    folder = write_model(tmp_path, "llama", {})
+    config = (folder / "config.json").read_text().replace('"llama"', '"no_such_model"')
+    (folder / "config.json").write_text(config)
+    with pytest.raises(ModelLoadError, match="no_such_model"):
+        module.create(BackendOptions(str(folder)))
