@@ -50,6 +50,7 @@ class AsyncLLM:
             generation.cancel()
 
     async def close(self) -> None:
+        """End what runs with an error and free the device memory, without blocking the loop. Idempotent."""
         await asyncio.to_thread(self.llm.close)
 
     async def __aenter__(self) -> Self:

@@ -46,6 +46,7 @@ class EngineConfig:
 
     @classmethod
     def from_kwargs(cls, values: dict[str, Any]) -> EngineConfig:
+        """Like `EngineConfig(**values)`, but the TypeError for an unknown name lists the known ones."""
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:

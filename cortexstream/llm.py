@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +34,8 @@ class LLM:
 
     `backend` is auto, mlx, cuda or reference; further options are those of `EngineConfig` (unknown names are a
     TypeError). `skip_tokenizer_init=True` serves token ids from a folder without tokenizer files: no text, no stop
-    strings. Thread-safe. Also a context manager; `close` frees the device memory.
+    strings. Thread-safe. Also a context manager; `close`, or dropping the last reference,
+    frees the device memory.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class LLM:
             kv_layout=self.config.kv_layout, extra=extra,
         )  # fmt: skip
         with progress(f"loading {folder.name if folder else 'null'} on {self.backend_name}", None, wanted(use_tqdm)):
-            self._engine = EngineThread(lambda: platform.load(self.backend_name, created), self.config)
+            name = self.backend_name  # the thread must not keep this object alive
+            self._engine = EngineThread(lambda: platform.load(name, created), self.config)
+        weakref.finalize(self, self._engine.close)
 
     @property
     def info(self) -> BackendInfo:
@@ -164,6 +168,7 @@ class LLM:
         return self._engine.call(run)
 
     def stats(self) -> EngineStats:
+        """What the engine counted so far, and the arena as it is now."""
         return self._engine.stats()
 
     def describe_arena(self) -> str:

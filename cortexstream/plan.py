@@ -2,7 +2,7 @@
 
 A plan is complete: a backend needs nothing else to run it, so a recorded plan can be replayed through any backend.
 These are named tuples and not dataclasses because a step makes one `PlanRow` per sequence, and a frozen dataclass
-takes four times as long to build (docs/log.md, "host work per step").
+takes 2.7 times as long to build (docs/log.md, "Named tuples").
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import operator
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -61,6 +62,10 @@ class SamplingParams:
         if not isinstance(self.logit_bias, Mapping):
             raise InvalidRequestError("logit_bias", "must map token ids to numbers")
         put(self, "logit_bias", {_int("logit_bias", k): _float("logit_bias", v) for k, v in self.logit_bias.items()})
+        for name in ("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs"):
+            value = getattr(self, name)
+            if value is not None or name not in ("seed", "logprobs"):
+                put(self, name, _int(name, value))
         if self.top_k == -1:
             put(self, "top_k", 0)
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
@@ -75,10 +80,10 @@ class SamplingParams:
         _in_range("max_tokens", self.max_tokens, 1, None)
         _in_range("min_tokens", self.min_tokens, 0, self.max_tokens, "max_tokens")
         _in_range("top_k", self.top_k, 0, None)
-        _in_range("temperature", self.temperature, 0.0, None, integer=False)
-        _in_range("min_p", self.min_p, 0.0, 1.0, integer=False)
-        _in_range("presence_penalty", self.presence_penalty, -2.0, 2.0, integer=False)
-        _in_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0, integer=False)
+        _in_range("temperature", self.temperature, 0.0, None)
+        _in_range("min_p", self.min_p, 0.0, 1.0)
+        _in_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _in_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if not 0.0 < self.top_p <= 1.0:
             raise InvalidRequestError("top_p", f"is {self.top_p}; must be above 0 and at most 1 (1 is off)")
         if not 0.0 < self.repetition_penalty <= 10.0:
@@ -94,7 +99,7 @@ class SamplingParams:
         if any(not s for s in self.stop):
             raise InvalidRequestError("stop", "has an empty string; every stop string needs a character")
         for token, bias in self.logit_bias.items():
-            _in_range("logit_bias", bias, -100.0, 100.0, integer=False, of=f"token {token}")
+            _in_range("logit_bias", bias, -100.0, 100.0, of=f"token {token}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -106,11 +111,7 @@ class SamplingParams:
         return cls(**values)
 
 
-def _in_range(
-    name: str, value: float, low: float, high: float | None, high_name: str = "", *, integer: bool = True, of: str = ""
-) -> None:
-    if integer:
-        value = _int(name, value)
+def _in_range(name: str, value: float, low: float, high: float | None, high_name: str = "", *, of: str = "") -> None:
     if value < low or (high is not None and value > high):
         limit = f"at least {low}" if high is None else f"{low} to {high}"
         limit += f" ({high_name})" if high_name else ""
@@ -118,15 +119,19 @@ def _in_range(
 
 
 def _int(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
         raise InvalidRequestError(name, f"is {value!r}; must be a whole number")
-    return int(value.__index__())
+    return number
 
 
 def _float(name: str, value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InvalidRequestError(name, f"is {value!r}; must be a number") from None
     if isinstance(value, (bool, str)) or not math.isfinite(number):
         raise InvalidRequestError(name, f"is {value!r}; must be a finite number")
@@ -134,7 +139,10 @@ def _float(name: str, value: Any) -> float:
 
 
 def _items(name: str, values: Iterable[Any], kind: type) -> tuple[Any, ...]:
-    items = tuple(values)
+    try:
+        items = tuple(values)
+    except TypeError:
+        raise InvalidRequestError(name, f"is {values!r}; must be a list of items of type {kind.__name__}") from None
     if kind is int:
         return tuple(_int(name, item) for item in items)
     for item in items:

@@ -102,7 +102,7 @@ def keep(z: Floats, spec: SampleSpec) -> Floats:
         p = np.exp(descending - descending[0])
         p /= p.sum(dtype=np.float32)
         before = np.cumsum(p, dtype=np.float32) - p  # what the likelier tokens already hold
-        last = descending[np.count_nonzero(before < np.float32(spec.top_p)) - 1]
+        last = descending[max(np.count_nonzero(before < np.float32(spec.top_p)), 1) - 1]  # a tiny top_p rounds to 0
         z = np.where(z >= last, z, -np.inf).astype(np.float32)
     return z
 

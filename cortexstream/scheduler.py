@@ -36,13 +36,6 @@ class Limits:
     max_batched_tokens: int  # tokens of one step
 
 
-class _InFlight(NamedTuple):
-    """A row that was submitted, and whether it draws a token."""
-
-    sequence: Sequence
-    sample: bool
-
-
 class Scheduler:
     """Continuous batching, first come first served, with chunked prefill under a token budget.
 
@@ -60,7 +53,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # oldest first
         self._by_id: dict[int, Sequence] = {}
         self._slots = list(range(limits.max_num_seqs - 1, -1, -1))
-        self._in_flight: deque[tuple[int, list[_InFlight]]] = deque()
+        self._in_flight: deque[tuple[int, list[Sequence]]] = deque()  # steps, and who draws in each
         self._step = 0
         self._hold = False  # no admissions: a sequence was preempted and none has finished since
 
@@ -118,33 +111,38 @@ class Scheduler:
         self._grow_running()
         self._admit_waiting()
         rows: list[PlanRow] = []
-        flight: list[_InFlight] = []
+        sampled: list[Sequence] = []
         budget = self.limits.max_batched_tokens
         prefilling: list[Sequence] = []
         for sequence in self._running:
-            pending = sequence.num_tokens - sequence.num_computed
+            pending = len(sequence.tokens) + sequence.draws_pending - sequence.num_computed
             if pending > 1:
                 prefilling.append(sequence)
-            elif pending and budget and sequence.num_tokens < sequence.limit_tokens:
-                budget -= self._add_row(sequence, 1, rows, flight)
+            elif pending and budget and not sequence.last_is_drawn:
+                rows.append(sequence.next_row(1))
+                sampled.append(sequence)
+                budget -= 1
         for sequence in prefilling:
-            if budget:
-                pending = sequence.num_tokens - sequence.num_computed
-                budget -= self._add_row(sequence, min(pending, budget), rows, flight)
+            if not budget:
+                break
+            row = sequence.next_row(min(budget, sequence.num_tokens - sequence.num_computed))
+            rows.append(row)
+            budget -= len(row.tokens)
+            if row.sample is not None:
+                sampled.append(sequence)
         moves = self.arena.take_moves()
         if not rows and not moves:
             return None
         self._step += 1
-        self._in_flight.append((self._step, flight))
+        self._in_flight.append((self._step, sampled))
         return StepPlan(self._step, tuple(rows), moves)
 
     def commit(self, result: StepResult) -> list[TokenEvent]:
         """Apply the outcome of the oldest plan in flight: append tokens, stop, release. Returns what happened."""
         if not self._in_flight or self._in_flight[0][0] != result.step:
             raise EngineError(f"step {result.step} is not the oldest in flight")
-        flight = self._in_flight.popleft()[1]
-        sampled = [row.sequence for row in flight if row.sample]
-        if [s.request.id for s in sampled] != [row.seq_id for row in result.rows]:
+        sampled = self._in_flight.popleft()[1]
+        if [s.id for s in sampled] != [row.seq_id for row in result.rows]:
             raise EngineError(f"step {result.step}: the backend's results are not the plan's sampling rows in order")
         events = []
         for sequence, row in zip(sampled, result.rows, strict=True):
@@ -171,10 +169,10 @@ class Scheduler:
         """Give every decoding sequence room for its next token, oldest first; the youngest pay."""
         for sequence in list(self._running):
             handle = sequence.handle
-            if handle is None or handle.position < handle.capacity_tokens or handle.position >= sequence.num_tokens:
+            if handle is None or handle.position < handle.capacity_tokens:
                 continue
-            if sequence.num_tokens >= sequence.limit_tokens:
-                continue
+            if handle.position >= sequence.num_tokens or sequence.last_is_drawn:
+                continue  # nothing to compute until the token in flight is known, or ever
             while sequence.handle is not None:
                 try:
                     self.arena.grow(handle, handle.position + 1)
@@ -192,19 +190,6 @@ class Scheduler:
             self._waiting.popleft()
             sequence.start(self.arena.admit(sequence.num_tokens, limit), self._slots.pop())
             self._running.append(sequence)
-
-    def _add_row(self, sequence: Sequence, num_tokens: int, rows: list[PlanRow], flight: list[_InFlight]) -> int:
-        handle = sequence.handle
-        assert handle is not None
-        start = handle.position
-        tokens = sequence.pending_tokens(num_tokens)
-        handle.advance(num_tokens)
-        spec = sequence.sample_spec() if handle.position == sequence.num_tokens else None
-        rows.append(PlanRow(sequence.request.id, sequence.slot, tokens, start, handle.rows, spec))
-        flight.append(_InFlight(sequence, spec is not None))
-        if spec is not None:
-            sequence.draws_pending += 1
-        return num_tokens
 
     def _preempt(self, sequence: Sequence) -> None:
         self._slots.append(sequence.slot)
@@ -224,7 +209,7 @@ class Scheduler:
         handle = sequence.end(reason)
         if handle is not None:
             self.arena.release(handle)
-        del self._by_id[sequence.request.id]
+        del self._by_id[sequence.id]
 
 
 def check_request(request: Request, limits: Limits) -> None:

@@ -6,7 +6,7 @@ import enum
 
 from cortexstream.errors import EngineError
 from cortexstream.kv import KVHandle
-from cortexstream.plan import PENDING, SampleSpec
+from cortexstream.plan import PENDING, PlanRow, SampleSpec
 from cortexstream.request import FinishReason, Request
 
 
@@ -26,13 +26,24 @@ class Sequence:
     """
 
     __slots__ = (
-        "_spec", "_varies", "draws_pending", "finish", "handle", "limit_tokens", "num_prompt", "request", "slot",
-        "stop_ids", "tokens",
+        "_spec",
+        "_varies",
+        "draws_pending",
+        "finish",
+        "handle",
+        "id",
+        "limit_tokens",
+        "num_prompt",
+        "request",
+        "slot",
+        "stop_ids",
+        "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, limit_tokens: int, eos_token_ids: frozenset[int]) -> None:
         sampling = request.sampling
         self.request = request
+        self.id = request.id
         self.tokens = list(request.prompt_token_ids)
         self.num_prompt = len(self.tokens)
         self.limit_tokens = limit_tokens  # prompt and output together
@@ -65,6 +76,11 @@ class Sequence:
         return 0 if self.handle is None else self.handle.position
 
     @property
+    def last_is_drawn(self) -> bool:
+        """The token that reaches the limit is drawn, or on its way: nothing is left to compute."""
+        return len(self.tokens) + self.draws_pending >= self.limit_tokens
+
+    @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
 
@@ -82,25 +98,29 @@ class Sequence:
     def end(self, reason: FinishReason) -> KVHandle | None:
         """Finished; returns the handle to release, if there was one."""
         if self.finish is not None:
-            raise EngineError(f"request {self.request.id} is finished already ({self.finish})")
+            raise EngineError(f"request {self.id} is finished already ({self.finish})")
         handle, self.handle, self.slot = self.handle, None, -1
         self.finish = reason
         return handle
 
-    def pending_tokens(self, limit: int) -> tuple[int, ...]:
-        """The next tokens to compute, at most `limit`; the last may be PENDING."""
-        start = self.num_computed
-        if start == len(self.tokens):
-            return (PENDING,)
-        tokens = tuple(self.tokens[start : start + limit])
-        if self.draws_pending and len(tokens) < limit and start + len(tokens) == len(self.tokens):
+    def next_row(self, num_tokens: int) -> PlanRow:
+        """Plan the next `num_tokens` tokens; the last may be PENDING. A row that reaches the end draws the next one."""
+        handle = self.handle
+        assert handle is not None
+        start, known = handle.position, len(self.tokens)
+        end = start + num_tokens
+        tokens = tuple(self.tokens[start:end]) if start < known else ()
+        if end > known:
             tokens += (PENDING,)
-        return tokens
+        handle.advance(num_tokens)
+        spec = None
+        if end == known + self.draws_pending:
+            spec = self.sample_spec() if self._varies else self._spec
+            self.draws_pending += 1
+        return PlanRow(self.id, self.slot, tokens, start, handle.rows, spec)
 
     def sample_spec(self) -> SampleSpec:
-        """How to draw the next token: the same object at every step, unless the rules depend on what was drawn."""
-        if not self._varies:
-            return self._spec
+        """How to draw the next token, given what was drawn so far."""
         sampling, spec = self.request.sampling, self._spec
         if self.num_tokens - self.num_prompt < sampling.min_tokens:
             spec = spec._replace(banned=tuple(sorted(self.stop_ids)))
@@ -111,4 +131,4 @@ class Sequence:
 
     def _expect(self, state: SequenceState) -> None:
         if self.state is not state:
-            raise EngineError(f"request {self.request.id} is {self.state.value}; this needs it to be {state.value}")
+            raise EngineError(f"request {self.id} is {self.state.value}; this needs it to be {state.value}")

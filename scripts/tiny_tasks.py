@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 LETTERS = string.ascii_lowercase
+VOWELS = "aeiou"
 COPY_ALPHABET = string.ascii_letters + string.digits
 NAMES = "Ada Ben Cleo Dan Eva Finn Gus Hana Ivo Jo Kai Lena Milo Nora Otto Pia Rex Sam Tess Uma".split()
 ANIMALS = "fox cat dog owl bear hen frog goat mouse duck".split()
@@ -55,15 +56,11 @@ def add(rng: random.Random) -> Item:
     return Item("arithmetic", *arithmetic(rng))
 
 
-def copy(rng: random.Random, longest: int = 24) -> Item:
+def copy(rng: random.Random, shortest: int = 1, longest: int = 24) -> Item:
     """Copy a random string; lengths are log-uniform, so that short words and long strings are both common."""
-    length = round(2 ** rng.uniform(0, _log2(longest)))
+    length = round(shortest * (longest / shortest) ** rng.random())
     text = word(rng, length, length, rng.choice([LETTERS, COPY_ALPHABET]))
     return Item("copy", f"copy: {text}", "\n" + text)
-
-
-def _log2(n: int) -> float:
-    return n.bit_length() - 1 + (n / (1 << (n.bit_length() - 1)) - 1)
 
 
 def reverse(rng: random.Random) -> Item:
@@ -77,9 +74,10 @@ def sort(rng: random.Random) -> Item:
 
 
 def count(rng: random.Random) -> Item:
-    letter, times = rng.choice(LETTERS), rng.randint(0, 9)
-    others = [c for c in LETTERS if c != letter]
-    text = [letter] * times + rng.choices(others, k=rng.randint(1 if times == 0 else 0, 8))
+    """How often a vowel occurs among consonants."""
+    letter, times = rng.choice(VOWELS), rng.randint(0, 9)
+    consonants = [c for c in LETTERS if c not in VOWELS]
+    text = [letter] * times + rng.choices(consonants, k=rng.randint(1 if times == 0 else 0, 8))
     rng.shuffle(text)
     return Item("count", f"count {letter} in {''.join(text)}", f"\n{times}")
 
@@ -138,7 +136,7 @@ def chat(rng: random.Random) -> Item:
 TASKS: dict[str, Callable[[random.Random], Item]] = {
     "arithmetic": add,
     "copy": copy,
-    "long copy": lambda rng: copy(rng, longest=400),
+    "long copy": lambda rng: copy(rng, shortest=25, longest=400),
     "reverse": reverse,
     "sort": sort,
     "count": count,

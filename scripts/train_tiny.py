@@ -43,11 +43,10 @@ SHAPE: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 WEIGHTS = {
-    "arithmetic": 14, "copy": 2, "long copy": 1.5, "reverse": 3, "sort": 3,
+    "arithmetic": 14, "copy": 2, "long copy": 3, "reverse": 3, "sort": 3,
     "count": 6, "recall": 3, "json": 1.5, "story": 0.7, "chat": 6,
 }  # fmt: skip
 STORY_LOSS = 0.3  # most of a story's letters are a free choice, whose loss cannot fall
-PEAK_LR = 2e-3
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -118,7 +117,7 @@ class Encoder:
         kinds = list(WEIGHTS)
         while len(ids) <= length:
             kind = rng.choices(kinds, [WEIGHTS[k] for k in kinds])[0]
-            item = copy(rng, longest=400 if length > 512 else 100) if kind == "long copy" else TASKS[kind](rng)
+            item = copy(rng, 25, 400 if length > 512 else 100) if kind == "long copy" else TASKS[kind](rng)
             if not held_out(item):
                 turns = [TASKS["chat"](rng) for _ in range(rng.choice([0, 0, 1, 2, 3]))] if item.chat else []
                 i, w = self.example(item, turns)
@@ -126,7 +125,7 @@ class Encoder:
         return ids[: length + 1], weights[1 : length + 1]
 
 
-def train(folder: Path, minutes: float, seed: int) -> None:
+def train(folder: Path, minutes: float, seed: int, resume: bool, peak_lr: float) -> None:
     import torch
     from torch.nn import functional as F
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -138,15 +137,18 @@ def train(folder: Path, minutes: float, seed: int) -> None:
     torch.manual_seed(seed)
     rng = random.Random(seed)
     config = LlamaConfig(vocab_size=-(-encoder.vocab_size // 64) * 64, bos_token_id=BOS, eos_token_id=eos, **SHAPE)
-    model = LlamaForCausalLM(config)
+    if resume:
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    else:
+        model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=eos)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {config.vocab_size}", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.05)
     started = last = time.monotonic()
     step = tokens = 0
     while (done := (time.monotonic() - started) / (60 * minutes)) < 1:
         length, rows = (1024, 6) if step % 3 == 2 else (256, 24)
-        rate = PEAK_LR * min(1, (step + 1) / 200) * (0.525 + 0.475 * math.cos(math.pi * done))
+        rate = peak_lr * min(1, (step + 1) / 200) * (0.525 + 0.475 * math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = [encoder.pack(rng, length) for _ in range(rows)]
@@ -228,7 +230,9 @@ def evaluate(model: str, backend: str, tries: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60, help="how long to train")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the text")
+    parser.add_argument("--resume", action="store_true", help="go on from the weights in --out; give another --seed")
+    parser.add_argument("--peak-lr", type=float, default=2e-3)
     parser.add_argument("--out", type=Path, default=TINY, help="folder to write (or, with --evaluate, to read)")
     parser.add_argument("--evaluate", action="store_true", help="do not train: measure exactness on held-out prompts")
     parser.add_argument("--tries", type=int, default=100, help="held-out prompts per task, with --evaluate")
@@ -237,7 +241,7 @@ def main() -> None:
     if args.evaluate:
         evaluate(str(args.out), args.backend, args.tries)
     else:
-        train(args.out, args.minutes, args.seed)
+        train(args.out, args.minutes, args.seed, args.resume, args.peak_lr)
 
 
 if __name__ == "__main__":

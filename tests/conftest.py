@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib import import_module
 from types import ModuleType
 
@@ -43,6 +44,12 @@ def require(name: str) -> ModuleType:
     if name in required():
         pytest.fail(f"{VARIABLE} names {name}, but {reason}", pytrace=False)
     pytest.skip(reason, allow_module_level=True)
+
+
+def pytest_unconfigure() -> None:
+    """Tests that call MLX on the main thread must end as MLX asks every thread to end, or the process may abort."""
+    if "mlx.core" in sys.modules:
+        sys.modules["mlx.core"].clear_streams()
 
 
 def pytest_configure(config: pytest.Config) -> None:

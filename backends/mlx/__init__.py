@@ -28,9 +28,13 @@ def accelerator() -> str | None:
 
 
 def create(options: BackendOptions) -> MlxBackend:
-    from cortexstream.backends.mlx.backend import MlxBackend
+    from cortexstream.backends.mlx.backend import MlxBackend, release_thread
 
-    return MlxBackend(options)
+    try:
+        return MlxBackend(options)
+    except BaseException:
+        release_thread()
+        raise
 
 
 __all__ = ["accelerator", "available", "create"]

@@ -8,6 +8,7 @@ built while the last one runs, but it is submitted only when that is done, so th
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -139,7 +140,7 @@ class MlxBackend:
         if self._pool is not None:
             self._wait()
         self._pool = self._drawn = self._model = None
-        mx.clear_cache()
+        release_thread()
 
     def _prefill(self, row: PlanRow, tokens: tuple[int, ...]) -> None:
         """Write the KV of a prompt chunk. Its logits are never computed: MLX evaluates only what is asked for."""
@@ -271,6 +272,16 @@ class MlxBackend:
     def _warm_row(self, slot: int, blocks: int, tokens: tuple[int, ...], start: int = 0) -> PlanRow:
         first = slot * blocks
         return PlanRow(slot, slot, tokens, start, KVRows(tuple(range(first, first + blocks)), True), SampleSpec())
+
+
+def release_thread() -> None:
+    """Give memory back and, on a thread of ours, its streams: MLX asks for that at the end of every thread that
+    computed, and without it a process sometimes aborts at exit (mlx issue 4327). The thread cannot compute afterwards,
+    so the main thread, which belongs to the program, keeps its streams."""
+    mx.synchronize()
+    mx.clear_cache()
+    if threading.current_thread() is not threading.main_thread():
+        mx.clear_streams()
 
 
 BROKEN = "no token can be drawn: the logits hold NaN or +inf, or every token is banned; the model may be broken"

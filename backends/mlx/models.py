@@ -49,7 +49,7 @@ def load(folder: Path, dtype: str) -> LoadedModel:
             model.set_dtype(DTYPES[dtype])
         mx.eval(model.parameters())
     except Exception as error:
-        raise ModelLoadError(f"{folder}: mlx-lm cannot load this {architecture} model: {error}") from error
+        raise ModelLoadError(f"{folder}: mlx-lm cannot load this {architecture} model: {_short(error)}") from error
     return describe(model, config, architecture, eos, str(folder))
 
 
@@ -68,7 +68,7 @@ def describe(
         logits = model(mx.array([[0]]), cache=caches)
         mx.eval(logits, [c.keys for c in caches])
     except Exception as error:
-        raise ModelLoadError(f"{name}: this {architecture} model cannot run one token: {error}") from error
+        raise ModelLoadError(f"{name}: this {architecture} model cannot run one token: {_short(error)}") from error
     windows = [c.max_size if type(c) is RotatingKVCache else None for c in caches]
     if architecture in WINDOWS_IGNORED and not any(windows):
         windows = list(windows_of(config))
@@ -97,6 +97,12 @@ def _rope_as_mlx_lm_reads_it(config: dict[str, Any]) -> dict[str, Any]:
     if parameters.get("rope_type", "default") != "default" and config.get("rope_scaling") is None:
         old["rope_scaling"] = {k: v for k, v in parameters.items() if k != "rope_theta"}
     return old
+
+
+def _short(error: Exception) -> str:
+    """An error as one line; mlx-lm lists every missing tensor on a line of its own."""
+    line = " ".join(str(error).split())
+    return line if len(line) <= 300 else line[:300] + " ..."
 
 
 def _context(model: nn.Module, config: dict[str, Any], name: str) -> int:

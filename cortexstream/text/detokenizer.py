@@ -78,7 +78,7 @@ class Detokenizer:
         return tail
 
     def _is_visible(self, tokens: list[int]) -> bool:
-        return bool(self._decode(tokens).strip().strip(REPLACEMENT))
+        return bool(self._decode(tokens).strip())
 
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, self._skip)

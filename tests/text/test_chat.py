@@ -18,9 +18,9 @@ from tests.conftest import require
 CHATML = """{% for message in messages %}
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
 {% endfor %}
-{% if add_generation_prompt %}
+  {% if add_generation_prompt %}
 {{ '<|im_start|>assistant\\n' }}
-{% endif %}"""
+  {% endif %}"""
 
 LLAMA3 = """{{- bos_token }}
 {%- if custom_tools is defined %}{%- set tools = custom_tools %}{%- endif %}
@@ -261,6 +261,7 @@ def test_a_template_that_is_not_jinja(folders: dict[str, Path], tokenizer: Token
         "{{ raise_exception.__globals__['json'] }}",
         "{{ messages.append(1) }}",
         "{{ strftime_now.__globals__.keys() }}",
+        "{{ dict.update(messages[0], role='system') }}",
         "{% for i in range(10000000) %}{% endfor %}",
     ],
 )

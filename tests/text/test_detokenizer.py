@@ -121,14 +121,37 @@ def test_f85_work_per_token_does_not_grow(folders: dict[str, Path], kind: str, m
         return decode(self, ids, skip_special_tokens)
 
     monkeypatch.setattr(Tokenizer, "decode", counted)
-    invalid = tokenizer.encode("🎉", add_special_tokens=False)[-1:]
-    for tokens in (tokenizer.encode("the dog 日本 🎉 " * 60), invalid * 500, tokenizer.encode(" ") * 300, [2, 1] * 300):
+    texts = [tokenizer.encode(text) * 60 for text in ("the dog 日本 🎉 ", " ")]
+    emoji = tokenizer.encode("🎉", add_special_tokens=False)
+    for tokens in (*texts, emoji[-1:] * 500, emoji[:-1] * 150, [2, 1] * 300):
         detokenizer = Detokenizer(tokenizer, tokens)
         work.clear()
         for token in tokens:
             detokenizer.feed(token)
         assert sum(work) <= len(tokens) * 2 * (2 * CONTEXT_TOKENS + 1)
         assert max(work, default=0) <= 2 * CONTEXT_TOKENS + 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_skipped_tokens_do_not_push_the_context_away(folders: dict[str, Path], kind: str) -> None:
+    tokenizer = Tokenizer.from_folder(folders[kind])
+    eos = tokenizer.eos_token_id
+    assert eos is not None
+    ids = tokenizer.encode("dog 🎉!")
+    for cut in range(len(ids)):
+        assert "".join(stream(tokenizer, [*ids[:cut], *[eos] * 50], ids[cut:])) == in_context(
+            tokenizer, ids[:cut], ids[cut:]
+        )
+        assert "".join(stream(tokenizer, [], [*ids[:cut], *[eos] * 50, *ids[cut:]])) == "dog 🎉!"
+
+
+def test_blanks_after_bytes_that_show_nothing_by_themselves(folders: dict[str, Path]) -> None:
+    """The emoji is spread over byte tokens, so no single token before the blanks has a visible character."""
+    tokenizer = Tokenizer.from_folder(folders["sp_unigram"])
+    blank = tokenizer._codec.token_id("▁")
+    assert blank is not None
+    emoji = tokenizer.encode("🎉", add_special_tokens=False)[-4:]
+    assert "".join(stream(tokenizer, emoji, [blank] * 60)) == " " * 60
 
 
 def test_finish_gives_the_rest_once(folders: dict[str, Path]) -> None:

@@ -1,0 +1,185 @@
+"""Whatever is wrong is refused at submission, by field, value and limit, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cortexstream import (
+    LLM,
+    BackendUnavailableError,
+    InvalidRequestError,
+    ModelLoadError,
+    OutOfMemoryBudgetError,
+    SamplingParams,
+)
+from cortexstream.models import tiny_folder
+from tests.conftest import require
+
+GREEDY = SamplingParams(temperature=0, max_tokens=3)
+
+
+@pytest.fixture(scope="module", params=["reference", "mlx", "null"])
+def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
+    if request.param == "mlx":
+        require("mlx")
+        require("mlx_lm")
+    options: dict[str, Any] = {"backend": request.param, "num_kv_blocks": 8, "block_tokens": 16}
+    if request.param == "null":
+        options |= {"skip_tokenizer_init": True, "backend_options": {"vocab_size": 384}}
+    with LLM(**options) as model:
+        yield model
+
+
+BAD_PROMPTS: dict[str, tuple[Any, str]] = {
+    "empty ids": ([[]], "prompt: is empty; it needs at least one token"),
+    "no ids": ({"prompt_token_ids": []}, "prompt: is empty"),
+    "negative id": ([1, -1], "prompt: has token id -1; the vocabulary has ids 0 to 383"),
+    "id too large": ([1, 384, 2], "prompt: has token id 384; the vocabulary has ids 0 to 383"),
+    "longer than the arena": ([5] * 128, "prompt: has 128 tokens; with one token of output at most 127 fit"),
+    "not whole": ([1, 2.5], "prompt_token_ids: has 2.5; every token id must be a whole number"),
+    "a truth value": ([True, False], "prompt_token_ids: has True"),
+    "unknown key": ({"promt": "x"}, "prompt: has keys .'promt'.; known are prompt, prompt_token_ids"),
+    "a number": (5, "prompt: is of type int|prompt_token_ids: is int"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PROMPTS)
+def test_bad_prompt(llm: LLM, case: str) -> None:
+    prompt, message = BAD_PROMPTS[case]
+    finished = llm.stats().requests_finished
+    with pytest.raises(InvalidRequestError, match=message):
+        llm.generate(prompt, GREEDY)
+    with pytest.raises(InvalidRequestError, match=message):  # a bad one among good ones starts none of them
+        llm.generate([[1, 2], prompt if case != "empty ids" else [], [3]], GREEDY)
+    stats = llm.stats()
+    assert stats.requests_finished == finished and stats.num_running == stats.num_waiting == 0
+    assert stats.arena.used_blocks == 0
+    llm.check()
+    assert len(llm.generate([1, 2, 3], GREEDY)[0].outputs[0].token_ids) >= 1
+
+
+def test_empty_text_without_bos_is_refused(llm: LLM) -> None:
+    if llm.tokenizer is None:
+        with pytest.raises(InvalidRequestError, match="prompt: is text, but skip_tokenizer_init is set"):
+            llm.generate("hello", GREEDY)
+        with pytest.raises(InvalidRequestError, match="stop: needs a tokenizer"):
+            llm.generate([1], SamplingParams(stop=["x"]))
+    else:
+        with pytest.raises(InvalidRequestError, match="prompt: is empty"):
+            llm.generate({"prompt_token_ids": llm.tokenizer.encode("", add_special_tokens=False)}, GREEDY)
+
+
+def test_token_ids_in_parameters(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match=r"stop_token_ids: has token id 384; .* 0 to 383"):
+        llm.generate([1], SamplingParams(stop_token_ids=[384]))
+    with pytest.raises(InvalidRequestError, match=r"logit_bias: has token id -1; .* 0 to 383"):
+        llm.generate([1], SamplingParams(logit_bias={-1: 1.0}))
+
+
+def test_parameters_and_prompts_must_match(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match="sampling_params: has 1 items for 2 prompts"):
+        llm.generate([[1], [2]], [GREEDY])
+    with pytest.raises(InvalidRequestError, match="sampling_params: is dict; must be SamplingParams"):
+        llm.generate([[1]], [{"temperature": 0}])  # type: ignore[list-item]
+
+
+BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "backend": ({"backend": "metal"}, InvalidRequestError, "backend: is 'metal'; must be one of auto, mlx, cuda"),
+    "no cuda yet": ({"backend": "cuda"}, BackendUnavailableError, "backend: cuda cannot run here: "),
+    "unknown": ({"max_length": 3}, TypeError, "unknown option 'max_length'; known are model, backend"),
+    "slots": ({"max_num_seqs": 0}, InvalidRequestError, "max_num_seqs: is 0; must be a whole number of at least 1"),
+    "share": ({"memory_utilization": 1.5}, InvalidRequestError, "memory_utilization: is 1.5; must be above 0"),
+    "bytes": ({"kv_cache_memory": "4 elephants"}, InvalidRequestError, "kv_cache_memory: is '4 elephants'; must be"),
+    "layout": ({"kv_layout": "heap"}, InvalidRequestError, "kv_layout: is 'heap'; must be 'run' or 'paged'"),
+    "budget": ({"kv_cache_memory": 1000}, OutOfMemoryBudgetError, "budget of 1,000 bytes holds no block of 16 tokens"),
+    "dtype": ({"dtype": "int3"}, Exception, "int3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_option(case: str) -> None:
+    options, error, message = BAD_OPTIONS[case]
+    with pytest.raises(error, match=message):
+        LLM(**{"backend": "reference", **options})
+
+
+def test_environment_names_a_bad_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CORTEXSTREAM_BACKEND", "abacus")
+    with pytest.raises(InvalidRequestError, match="CORTEXSTREAM_BACKEND: is 'abacus'; must be one of"):
+        LLM()
+    monkeypatch.setenv("CORTEXSTREAM_BACKEND", "reference")
+    with LLM(num_kv_blocks=4) as llm:
+        assert llm.info.name == "reference"
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+def _config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+    return change
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "config is no json": (_write("config.json", "{"), "config.json"),
+    "config is a list": (_write("config.json", "[]"), "config.json"),
+    "no model_type": (_config(model_type=None), "model_type"),
+    "unknown model_type": (_config(model_type="abacus"), "abacus"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "safetensors"),
+    "weights cut off": (lambda f: _cut(f / "model.safetensors"), "model.safetensors"),
+    "weights are text": (_write("model.safetensors", "hello, world"), "model.safetensors"),
+    "index without shard": (
+        _write("model.safetensors.index.json", '{"weight_map": {"a": "model-1-of-2.safetensors"}}'),
+        "model-1-of-2.safetensors",
+    ),
+    "wrong width": (_config(hidden_size=192), "192|shape"),
+    "missing layer": (_config(num_hidden_layers=5), "layers.4"),
+    "broken generation_config": (_write("generation_config.json", "{"), "generation_config.json"),
+    "broken tokenizer": (_write("tokenizer.json", "{}"), "tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "mlx"])
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_folder(case: str, backend: str, tmp_path: Path) -> None:
+    """F61: every broken file by itself ends in one sentence that names it."""
+    if backend == "mlx":
+        require("mlx")
+        require("mlx_lm")
+    folder = Path(shutil.copytree(tiny_folder(), tmp_path / "model"))
+    breaks, message = BROKEN[case]
+    breaks(folder)
+    with pytest.raises(ModelLoadError, match=message) as caught:
+        LLM(folder, backend=backend)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_folder() -> None:
+    with pytest.raises(ModelLoadError, match="model: /no/such/folder is neither a folder nor a Hugging Face id"):
+        LLM("/no/such/folder", backend="reference")
+
+
+def test_no_tokenizer_files(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder(), tmp_path / "model"))
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(ModelLoadError, match="skip_tokenizer_init"):
+        LLM(folder, backend="reference")
+    with LLM(folder, backend="reference", skip_tokenizer_init=True) as llm:
+        (output,) = llm.generate({"prompt_token_ids": [1, 280]}, SamplingParams(max_tokens=3, ignore_eos=True))
+        assert output.prompt is None and len(output.outputs[0].token_ids) == 3 and output.outputs[0].text == ""
