@@ -102,7 +102,8 @@ def keep(z: Floats, spec: SampleSpec) -> Floats:
         p = np.exp(descending - descending[0])
         p /= p.sum(dtype=np.float32)
         before = np.cumsum(p, dtype=np.float32) - p  # what the likelier tokens already hold
-        last = descending[max(np.count_nonzero(before < np.float32(spec.top_p)), 1) - 1]  # a tiny top_p rounds to 0
+        count = int(np.count_nonzero(before < np.float32(spec.top_p)))
+        last = descending[max(count, 1) - 1]  # a top_p below 1e-45 is 0 in float32
         z = np.where(z >= last, z, -np.inf).astype(np.float32)
     return z
 

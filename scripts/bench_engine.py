@@ -280,9 +280,13 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> None:
+    from cortexstream import ModelLoadError
     from cortexstream.models import resolve_model
 
-    model = resolve_model(args.model)
+    try:
+        model = resolve_model(args.model)
+    except ModelLoadError as error:
+        raise SystemExit(f"error: {error}") from None
     names = ("requests", "longest_prompt", "longest_output", "max_num_seqs", "mlx_lm_prefill", "seed")
     options = {name: getattr(args, name) for name in names} | {"model": str(model)}
     options["vocab_size"] = json.loads((model / "config.json").read_text())["vocab_size"]

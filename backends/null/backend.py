@@ -112,6 +112,8 @@ class NullBackend:
 
     def _draw(self, row: PlanRow) -> RowResult:
         assert row.sample is not None
+        if len(set(row.sample.banned)) >= self._vocab_size:
+            return RowResult(row.seq_id, 0, error=f"all {self._vocab_size} tokens are banned; nothing can be drawn")
         end = row.start + len(row.tokens)
         summary = 0
         for position in range(end):

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class Asked(NamedTuple):
     """A prompt as it was typed, and as the engine gets it."""
 
-    index: int  # from 0, in the order that the prompts were given
+    number: int  # from 0, in the order that the prompts were given
     text: str
     prompt: Prompt
 
@@ -123,10 +123,10 @@ def _lines_of_input() -> list[str]:
 def ask(llm: LLM, texts: list[str], chat: bool) -> list[Asked]:
     """The prompts for the engine: texts, or with `chat` the token ids of conversations of one message."""
     if not chat:
-        return [Asked(index, text, text) for index, text in enumerate(texts)]
+        return [Asked(number, text, text) for number, text in enumerate(texts)]
     return [
-        Asked(index, text, {"prompt_token_ids": llm.encode_chat([{"role": "user", "content": text}])})
-        for index, text in enumerate(texts)
+        Asked(number, text, {"prompt_token_ids": llm.encode_chat([{"role": "user", "content": text}])})
+        for number, text in enumerate(texts)
     ]
 
 
@@ -148,7 +148,7 @@ def as_they_end(llm: LLM, asked: list[Asked], sampling: SamplingParams) -> Itera
 
         return listen
 
-    generations = [llm.submit(one.prompt, sampling, listener=listener(one.index)) for one in asked]
+    generations = [llm.submit(one.prompt, sampling, listener=listener(one.number)) for one in asked]
     try:
         for _ in range(len(generations) * sampling.n):
             number, index = ends.get()
@@ -186,7 +186,7 @@ def block_writer(num_prompts: int, n: int, chat: bool) -> Callable[[Ended], None
         nonlocal written
         if num_prompts * n > 1:
             which = f", completion {ended.completion.index + 1} of {n}" if n > 1 else ""
-            _write(f"{'' if not written else chr(10)}==> {ended.asked.index + 1} of {num_prompts}{which} <==\n")
+            _write(f"{'' if not written else chr(10)}==> {ended.asked.number + 1} of {num_prompts}{which} <==\n")
         _write(f"{ended.asked.text}{chr(10) if chat else ''}{ended.completion.text}\n")
         written += 1
 
@@ -199,7 +199,7 @@ def json_writer() -> Callable[[Ended], None]:
     def write(ended: Ended) -> None:
         completion = ended.completion
         values = {
-            "prompt_index": ended.asked.index, "index": completion.index, "prompt": ended.asked.text,
+            "prompt_index": ended.asked.number, "index": completion.index, "prompt": ended.asked.text,
             "text": completion.text, "finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason,
             "prompt_tokens": len(ended.output.prompt_token_ids), "completion_tokens": len(completion.token_ids),
         }  # fmt: skip
@@ -212,7 +212,7 @@ def json_writer() -> Callable[[Ended], None]:
 
 def stats_line(llm: LLM, all_ended: list[Ended], load_s: float, run_s: float) -> str:
     """What the run took, for people."""
-    prompts = {ended.asked.index: len(ended.output.prompt_token_ids) for ended in all_ended}
+    prompts = {ended.asked.number: len(ended.output.prompt_token_ids) for ended in all_ended}
     tokens = sum(len(ended.completion.token_ids) for ended in all_ended)
     engine = llm.stats()
     return (
@@ -226,6 +226,6 @@ def tell_failures(all_ended: list[Ended]) -> None:
     """Raise typer.Exit(1), each reason having been told, if a completion failed on the device."""
     failed = [ended for ended in all_ended if ended.completion.finish_reason == "error"]
     for ended in failed:
-        print(f"error: prompt {ended.asked.index + 1}: {ended.completion.error}", file=sys.stderr)
+        print(f"error: prompt {ended.asked.number + 1}: {ended.completion.error}", file=sys.stderr)
     if failed:
         raise typer.Exit(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +12,15 @@ from cortexstream.backend import Backend, BackendInfo, BackendOptions, ModelInfo
 from cortexstream.backends.null.backend import NullBackend, NullTicket, create, next_token
 from cortexstream.config import EngineConfig
 from cortexstream.engine import EngineCore
-from cortexstream.kv import KVHandle
+from cortexstream.kv import ArenaStats, KVArena, KVHandle
 from cortexstream.plan import PENDING, Move, RowResult, SampleSpec, StepPlan, StepResult
 from cortexstream.request import FinishReason, Request, SamplingParams
 from cortexstream.scheduler import TokenEvent
 
 Ints = npt.NDArray[np.int64]
 HEADS = 2
+Placement = Literal["run", "paged"]
+PLACEMENTS: tuple[Placement, ...] = ("run", "paged")
 
 
 class Store:
@@ -72,6 +74,17 @@ class Store:
         block = np.asarray(blocks)[position // self.block_tokens]
         rows = (block * self.block_tokens + position % self.block_tokens) * HEADS + head
         return rows
+
+
+def snapshot(arena: KVArena, handles: list[KVHandle]) -> tuple[ArenaStats, list[tuple[tuple[int, ...], int, bool]]]:
+    return arena.stats(), [(h.blocks, h.position, h.live) for h in handles]
+
+
+def side_by_side(arena: KVArena, sizes: list[int]) -> list[KVHandle]:
+    """Admit runs of exactly so many blocks, next to each other from block 0."""
+    handles = [arena.admit(size * arena.block_tokens, size * arena.block_tokens) for size in sizes]
+    assert [h.blocks[0] for h in handles] == [sum(sizes[:i]) for i in range(len(sizes))]
+    return handles
 
 
 def request(number: int, prompt: Sequence[int] | int, index: int = 0, seed: int = 0, **sampling: Any) -> Request:

@@ -5,32 +5,14 @@ from __future__ import annotations
 import random
 import sys
 import threading
-from itertools import pairwise
-from typing import Literal
+from collections.abc import Callable
 
-import numpy as np
 import pytest
 
 from cortexstream.backend import LayerKV, ModelInfo
 from cortexstream.errors import ArenaError, ArenaFullError
-from cortexstream.kv import ArenaStats, KVArena, KVHandle, Run
-from cortexstream.kv.compaction import cheapest_window, slides
-from cortexstream.plan import Move
-from tests.core.support import Store
-
-Placement = Literal["run", "paged"]
-PLACEMENTS: tuple[Placement, ...] = ("run", "paged")
-
-
-def snapshot(arena: KVArena, handles: list[KVHandle]) -> tuple[ArenaStats, list[tuple[tuple[int, ...], int, bool]]]:
-    return arena.stats(), [(h.blocks, h.position, h.live) for h in handles]
-
-
-def side_by_side(arena: KVArena, sizes: list[int]) -> list[KVHandle]:
-    """Admit runs of exactly so many blocks, next to each other from block 0."""
-    handles = [arena.admit(size * arena.block_tokens, size * arena.block_tokens) for size in sizes]
-    assert [h.blocks[0] for h in handles] == [sum(sizes[:i]) for i in range(len(sizes))]
-    return handles
+from cortexstream.kv import ArenaStats, KVArena, KVHandle
+from tests.core.support import PLACEMENTS, Placement, Store, side_by_side, snapshot
 
 
 @pytest.mark.parametrize("head_major", [False, True])
@@ -91,7 +73,8 @@ def test_f19_stale_and_foreign_handles(placement: Placement) -> None:
     heir = arena.admit(8, 8)
     assert heir.blocks == dead.blocks  # the same blocks, another handle
     before = snapshot(arena, [dead, alive, heir]), snapshot(other, [foreign])
-    for call in (lambda h: arena.release(h), lambda h: arena.grow(h, 12)):
+    calls: list[Callable[[KVHandle], None]] = [arena.release, lambda h: arena.grow(h, 12)]
+    for call in calls:
         with pytest.raises(ArenaError, match="stale handle: the sequence was released already"):
             call(dead)
         with pytest.raises(ArenaError, match="foreign handle: it belongs to another arena"):
@@ -119,112 +102,6 @@ def test_bad_arguments_are_refused() -> None:
     assert arena.used_blocks == 0 and arena.capacity_tokens == 32
 
 
-def test_f20_growth_in_place() -> None:
-    arena, store = KVArena(64, 16, growth=1.0), Store(64, 16, head_major=True)
-    handle = arena.admit(512)
-    store.write(handle, 512)
-    arena.grow(handle, 513)
-    assert handle.blocks == tuple(range(33))
-    moves = arena.take_moves()
-    assert moves == (Move(0, 32, 0, 33, 512),)  # head-major rows depend on the capacity: they are laid out anew
-    store.moves(moves)
-    store.write(handle, 2)
-    store.verify()
-    assert handle.position == 514 and arena.stats().relocations == arena.stats().compactions == 0
-    arena.grow(handle, 100)
-    arena.grow(handle, 528)
-    assert arena.take_moves() == ()  # there was room
-
-
-@pytest.mark.parametrize("head_major", [False, True])
-def test_f20_growth_by_relocation(head_major: bool) -> None:
-    arena, store = KVArena(128, 16, growth=1.0), Store(128, 16, head_major)
-    handle, neighbour = arena.admit(512), arena.admit(16)
-    store.write(handle, 512)
-    store.write(neighbour, 9)
-    arena.grow(handle, 514)
-    moves = arena.take_moves()
-    assert handle.blocks == tuple(range(33, 66)) and moves == (Move(0, 32, 33, 33, 512),)
-    store.moves(moves)
-    store.write(handle, 2)
-    store.verify()
-    arena.check()
-    stats = arena.stats()
-    assert (stats.relocations, stats.compactions, stats.moved_tokens, stats.used_blocks) == (1, 0, 512, 34)
-    assert arena.admit(512).blocks[0] == 0  # the old place is free
-
-
-@pytest.mark.parametrize("head_major", [False, True])
-def test_f20_growth_by_compaction(head_major: bool) -> None:
-    arena, store = KVArena(40, 16, growth=1.0), Store(40, 16, head_major)
-    first, gap, handle, second, last = side_by_side(arena, [2, 1, 32, 1, 3])
-    for each, tokens in ((first, 32), (handle, 512), (second, 7), (last, 48)):
-        store.write(each, tokens)
-    store.forget(gap)
-    arena.release(gap)
-    handle.limit_blocks = 34  # admitted with room to 544 tokens
-    arena.grow(handle, 514)
-    assert len(handle.blocks) == 33
-    store.moves(arena.take_moves())
-    store.write(handle, 2)
-    store.verify()
-    arena.check()
-    assert (arena.stats().relocations, arena.stats().compactions) == (0, 1)
-
-
-def test_f20_growth_of_pages_moves_nothing() -> None:
-    arena, store = KVArena(64, 16, "paged"), Store(64, 16, head_major=False)
-    handle, neighbour = arena.admit(512), arena.admit(16)
-    store.write(handle, 512)
-    store.write(neighbour, 16)
-    arena.grow(handle, 514)
-    assert handle.blocks == (*range(32), 33) and arena.take_moves() == ()
-    store.write(handle, 2)
-    store.verify()
-    arena.check()
-
-
-def test_growth_prefers_a_tight_fit_to_a_refusal() -> None:
-    arena = KVArena(20, 1, growth=2.0)
-    handle, other = arena.admit(8), arena.admit(2)
-    assert (len(handle.blocks), len(other.blocks)) == (8, 2)
-    arena.grow(handle, 9)  # the class is 16: 8 more of the 10 free
-    assert len(handle.blocks) == 16 and arena.free_blocks == 2
-    arena.grow(other, 3)  # the class is 4
-    assert len(other.blocks) == 4 and arena.free_blocks == 0
-    arena.release(other)
-    arena.grow(handle, 17)  # the class is the whole arena, 20
-    assert len(handle.blocks) == 20
-    tight = KVArena(12, 1, growth=2.0)
-    handle, other = tight.admit(4), tight.admit(4)
-    tight.admit(1)
-    tight.grow(handle, 7)  # the class, 8, needs 4 blocks and 3 are free
-    assert len(handle.blocks) == 7 and tight.free_blocks == 0
-    before = snapshot(tight, [handle, other])
-    with pytest.raises(ArenaFullError, match="1 more blocks are needed, 0 of 12 are free"):
-        tight.grow(other, 5)
-    assert snapshot(tight, [handle, other]) == before
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_f21_exact_capacity(placement: Placement) -> None:
-    arena = KVArena(64, 16, placement)
-    handle = arena.admit(510, 512)
-    assert len(handle.blocks) == 32 and handle.capacity_tokens == 512
-    handle.advance(510)
-    for position in (511, 512):
-        arena.grow(handle, position)
-        handle.advance()
-        assert handle.position == position
-    assert handle.is_full and handle.remaining == 0
-    before = snapshot(arena, [handle])
-    with pytest.raises(ArenaFullError, match="513 tokens exceed this sequence's limit of 512 tokens"):
-        arena.grow(handle, 513)
-    with pytest.raises(ArenaError):
-        handle.advance()
-    assert snapshot(arena, [handle]) == before and arena.free_blocks == 32
-
-
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_f23_locate_is_a_bijection(placement: Placement) -> None:
     arena = KVArena(8, 4, placement, growth=1.0)
@@ -250,9 +127,7 @@ def test_handle_position_contract() -> None:
         handle.advance(step)
         assert handle.remaining == remaining
     assert handle.is_full
-    message = (
-        r"^KV cache overflow: position 11 exceeds the capacity of 10 tokens \(tried to advance by 1 tokens\)$"
-    )
+    message = r"^KV cache overflow: position 11 exceeds the capacity of 10 tokens \(tried to advance by 1 tokens\)$"
     with pytest.raises(ArenaError, match=message):
         handle.advance()
     assert (handle.position, handle.remaining) == (10, 0)
@@ -262,7 +137,7 @@ def test_handle_position_contract() -> None:
     with pytest.raises(ArenaError, match=r"position 11 exceeds .* \(tried to advance by 6 tokens\)"):
         handle.advance(6)
     for count in (0, -1):
-        with pytest.raises(ArenaError, match="^num_tokens must be positive$"):
+        with pytest.raises(ArenaError, match=r"^num_tokens must be positive$"):
             handle.advance(count)
     assert handle.position == 5
     assert handle.rows is handle.rows and handle.rows.blocks == handle.blocks and handle.rows.contiguous
@@ -388,63 +263,6 @@ def test_moves_are_counted_and_empty_sequences_move_for_nothing() -> None:
     assert sum(m.num_tokens for m in moves) == 1 and all(m.num_tokens for m in moves)
     assert arena.stats().moved_tokens == 1
     assert arena.take_moves() == ()
-
-
-def random_gaps(rng: random.Random) -> tuple[list[int], list[Run]]:
-    sizes = [rng.randint(1, 5) for _ in range(rng.randint(1, 8))]
-    gaps = [rng.randint(0, 4) for _ in range(len(sizes) + 1)]
-    runs, edge = [], 0
-    for gap, size in zip(gaps, sizes, strict=False):
-        runs.append(Run(edge + gap, size))
-        edge += gap + size
-    return gaps, runs
-
-
-def test_the_cheapest_window_is_cheapest() -> None:
-    rng = random.Random(5)
-    for _ in range(3000):
-        gaps, runs = random_gaps(rng)
-        sizes = [run.size for run in runs]
-        need = rng.randint(1, 10)
-        around = rng.choice((None, rng.randrange(len(runs))))
-        windows = [
-            (first, last)
-            for first in range(len(gaps))
-            for last in range(first, len(gaps))
-            if sum(gaps[first : last + 1]) >= need and (around is None or first <= around + 1 <= last)
-        ]
-        if not windows:
-            with pytest.raises(ArenaError, match=f"no window of gaps holds {need} free blocks"):
-                cheapest_window(gaps, sizes, need, around)
-            continue
-        found = cheapest_window(gaps, sizes, need, around)
-        assert found in windows
-        cost = {window: sum(sizes[window[0] : window[1]]) for window in windows}
-        assert cost[found] == min(cost.values())
-
-
-def test_slides_open_the_hole_and_overwrite_nothing() -> None:
-    rng = random.Random(6)
-    for _ in range(3000):
-        gaps, runs = random_gaps(rng)
-        first = rng.randrange(len(gaps))
-        last = rng.randrange(first, len(gaps))
-        pivot = rng.randint(first, last)
-        cells = np.full(sum(gaps) + sum(r.size for r in runs), -1)
-        for index, run in enumerate(runs):
-            cells[run.start : run.end] = index
-        place = dict(enumerate(runs))
-        for index, start in slides(gaps, runs, first, last, pivot):
-            old = place[index]
-            assert (cells[old.start : old.end] == index).all(), "a run was overwritten before it moved"
-            assert start >= 0 and start + old.size <= len(cells)
-            cells[start : start + old.size] = cells[old.start : old.end].copy()
-            place[index] = Run(start, old.size)
-        now = sorted(place.values())
-        assert all(a.end <= b.start for a, b in pairwise(now))
-        ends, begins = [0, *(r.end for r in now)], [*(r.start for r in now), len(cells)]
-        assert begins[pivot] - ends[pivot] == sum(gaps[first : last + 1])
-        assert all(place[i] == runs[i] for i in range(len(runs)) if not first <= i < last)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

@@ -197,9 +197,14 @@ def test_greedy_takes_the_lowest_id_among_equals() -> None:
 @pytest.mark.parametrize("extreme", [f32(1e6, 0, -1e6), f32(1e6, -np.inf, -np.inf), f32(-1e6, -2e6, -np.inf)])
 @pytest.mark.parametrize(
     "spec",
-    [SampleSpec(), SampleSpec(temperature=1.0), SampleSpec(temperature=0.01, top_p=0.9), SampleSpec(
-        temperature=1.0, top_k=2, min_p=0.1), SampleSpec(temperature=1.0, repetition_penalty=1.3, prompt_tokens=(1, 2))],
-)  # fmt: skip
+    [
+        SampleSpec(),
+        SampleSpec(temperature=1.0),
+        SampleSpec(temperature=0.01, top_p=0.9),
+        SampleSpec(temperature=1.0, top_k=2, min_p=0.1),
+        SampleSpec(temperature=1.0, repetition_penalty=1.3, prompt_tokens=(1, 2)),
+    ],
+)
 def test_extreme_logits(extreme: Floats, spec: SampleSpec) -> None:
     """No overflow (warnings are errors), and the one possible token is drawn."""
     assert {draw(extreme, spec._replace(seed=s), s) for s in range(20)} == {0}
@@ -286,7 +291,9 @@ def test_random_specs_keep_what_plain_python_keeps() -> None:
             want = {i for i in want if z[i] >= threshold}
         total = sum(math.exp(z[i]) for i in want)
         likelier = {i: sum(math.exp(z[j]) for j in want if z[j] > z[i]) / total for i in want}
-        if any(abs(b + k * math.exp(z[i]) / total - spec["top_p"]) < 1e-5 for i, b in likelier.items() for k in range(12)):
+        if any(
+            abs(b + k * math.exp(z[i]) / total - spec["top_p"]) < 1e-5 for i, b in likelier.items() for k in range(12)
+        ):
             continue  # on the border, where float32 decides
         want = {i for i in want if likelier[i] < spec["top_p"]}
         assert kept(z, **spec) == sorted(want)

@@ -2,74 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
 
 from cortexstream.errors import EngineError, InvalidRequestError
-from cortexstream.kv import KVArena
-from cortexstream.plan import PENDING, PlanRow, RowResult, StepPlan, StepResult
+from cortexstream.plan import PENDING, RowResult, StepResult
 from cortexstream.request import FinishReason
-from cortexstream.scheduler import Limits, Scheduler, TokenEvent
+from cortexstream.scheduler import TokenEvent
 from cortexstream.sequence import SequenceState
-from tests.core.support import dense, engine, request
-from tests.core.support import Receiver as Sink
-
-Script = Callable[[PlanRow], int]
-EOS = 2
-
-
-def scheduler(
-    *, num_blocks: int = 64, block_tokens: int = 4, placement: Literal["run", "paged"] = "run", seqs: int = 4,
-    budget: int = 64, context: int = 200, eos: frozenset[int] = frozenset({EOS}),
-) -> Scheduler:  # fmt: skip
-    limits = Limits(1000, context, f"the model's context is {context} tokens", eos, seqs, budget)
-    return Scheduler(KVArena(num_blocks, block_tokens, placement), limits)
-
-
-def position(row: PlanRow) -> int:
-    """A script: every row draws 100 + the position of its token."""
-    return 100 + row.start + len(row.tokens)
-
-
-def answer(plan: StepPlan | None, script: Script = position) -> StepResult:
-    assert plan is not None
-    return StepResult(plan.step, tuple(RowResult(r.seq_id, script(r)) for r in plan.rows if r.sample is not None))
-
-
-def step(it: Scheduler, script: Script = position) -> list[TokenEvent]:
-    """One plan, committed at once."""
-    return it.commit(answer(it.plan(), script))
-
-
-def drain(it: Scheduler, script: Script = position, steps: int = 1000) -> list[TokenEvent]:
-    """Run to the end with one plan in flight, as the engine does."""
-    events: list[TokenEvent] = []
-    before: StepPlan | None = None
-    for _ in range(steps):
-        if not it.has_work:
-            return events
-        plan = it.plan()
-        if before is not None:
-            events += it.commit(answer(before, script))
-        before = plan
-        it.arena.check()
-    raise AssertionError("the scheduler makes no progress")
-
-
-def tokens_of(events: list[TokenEvent], request_id: int) -> list[int]:
-    return [e.token for e in events if e.request_id == request_id and e.token is not None]
-
-
-def finishes(events: list[TokenEvent]) -> dict[int, FinishReason]:
-    ends = [(e.request_id, e.finish) for e in events if e.finish is not None]
-    assert len(dict(ends)) == len(ends), "a request finished twice"
-    return dict(ends)
-
-
-def ids(plan: StepPlan | None) -> list[int]:
-    return [] if plan is None else [row.seq_id for row in plan.rows]
+from tests.core.steps import EOS, Script, answer, drain, finishes, ids, scheduler, step, tokens_of
+from tests.core.support import request
 
 
 def test_f64_queries() -> None:
@@ -93,7 +36,7 @@ def test_f64_queries() -> None:
 def test_f64_duplicates_are_refused() -> None:
     it = scheduler()
     it.add(request(5, 3, max_tokens=1))
-    with pytest.raises(InvalidRequestError, match="^request_id: 5 is in use by a request that is not finished"):
+    with pytest.raises(InvalidRequestError, match=r"^request_id: 5 is in use by a request that is not finished"):
         it.add(request(5, 4))
     assert it.num_waiting == 1
     drain(it)
@@ -106,12 +49,15 @@ def test_f64_first_come_first_served(placement: Literal["run", "paged"]) -> None
     it = scheduler(seqs=3, placement=placement)
     for number in range(9):
         it.add(request(number, 1 + number % 4, max_tokens=3))
-    first_seen: list[int] = []
+    first_step: dict[int, int] = {}
     while it.has_work:
         plan = it.plan()
-        first_seen += [i for i in ids(plan) if i not in first_seen]
+        assert plan is not None
+        for number in ids(plan):
+            first_step.setdefault(number, plan.step)
         it.commit(answer(plan))
-    assert first_seen == list(range(9))
+    order = [first_step[number] for number in range(9)]
+    assert order == sorted(order) and order[2] < order[3] and order[5] < order[6]
 
 
 def test_f64_nobody_overtakes_a_request_that_waits_for_memory() -> None:
@@ -119,13 +65,11 @@ def test_f64_nobody_overtakes_a_request_that_waits_for_memory() -> None:
     it.add(request(0, 16, max_tokens=4))
     it.add(request(1, 24, max_tokens=1))  # six blocks: must wait for the first
     it.add(request(2, 1, max_tokens=1))  # would fit at once
-    assert ids(it.plan()) == [0] and it.num_waiting == 2
-    assert list(finishes(drain_after(it))) == [0, 1, 2]
-
-
-def drain_after(it: Scheduler) -> list[TokenEvent]:
-    """Commit the plan that is in flight (its step is 1, request 0 draws), then drain."""
-    return it.commit(StepResult(1, (RowResult(0, 9),))) + drain(it)
+    for _ in range(4):
+        plan = it.plan()
+        assert ids(plan) == [0] and it.num_waiting == 2
+        it.commit(answer(plan))
+    assert sorted(ids(it.plan())) == [1, 2]
 
 
 def test_f65_a_request_joins_the_next_step_and_short_ones_finish_first() -> None:
@@ -196,32 +140,6 @@ def test_f68_a_budget_of_one_token_serves_everybody() -> None:
         assert plan is not None and plan.num_tokens == 1
         it.commit(answer(plan))
     assert it.arena.used_blocks == 0
-
-
-@pytest.mark.parametrize("layout", ["run", "paged"])
-def test_f70_three_requests_in_an_arena_for_two(layout: str) -> None:
-    """Each needs 8 of the 16 blocks; all draw what they draw with room for everybody, and the counters tell."""
-
-    def serve(num_blocks: int) -> tuple[list[list[int]], int, int]:
-        core, _ = engine(layout, num_blocks=num_blocks, block_tokens=4, max_model_len=33)
-        sinks = [Sink() for _ in range(3)]
-        for number, sink in enumerate(sinks):
-            core.add(request(number, [number] * 9, max_tokens=24, temperature=1.0, seed=number), sink)
-        while core.has_work:
-            core.step()
-            core.check()
-        stats = core.stats()
-        assert (stats.requests_finished, stats.requests_failed, stats.arena.used_blocks) == (3, 0, 0)
-        return [sink.tokens for sink in sinks], stats.preemptions, stats.prompt_tokens
-
-    free, none, prompt = serve(64)
-    tight, preemptions, recomputed = serve(16)
-    assert none == 0 and prompt == 27
-    assert tight == free and [len(tokens) for tokens in tight] == [24] * 3
-    assert preemptions >= 1 and recomputed > prompt
-    assert free == [
-        dense(request(n, [n] * 9, max_tokens=24, temperature=1.0, seed=n), 97, 33) for n in range(3)
-    ]  # fmt: skip
 
 
 def scripted(values: list[int]) -> Script:
@@ -397,103 +315,6 @@ def test_abort_with_rows_in_flight_frees_at_once() -> None:
     assert third is not None and third.rows[0].tokens == (5, 5)
     assert it.commit(answer(second)) == []
     assert tokens_of(it.commit(answer(third)) + drain(it), 0) == [102, 103]
-
-
-def crowded() -> tuple[Scheduler, StepPlan]:
-    """Two sequences in an arena of four blocks, the younger just preempted with its row still in flight."""
-    it = scheduler(num_blocks=4, context=16)
-    for number in (0, 1):
-        it.add(request(number, 4, max_tokens=12))
-    before = it.plan()
-    for _ in range(20):
-        plan = it.plan()
-        assert before is not None and plan is not None
-        if it.preemptions:
-            assert ids(before) == [0, 1] and ids(plan) == [0]
-            it.commit(answer(before))
-            return it, plan
-        it.commit(answer(before))
-        before = plan
-    raise AssertionError("no preemption")
-
-
-def test_f70_a_preempted_sequence_keeps_the_token_in_flight() -> None:
-    it, plan = crowded()
-    sequence, other = it.get(1), it.get(0)
-    assert sequence is not None and other is not None
-    assert sequence.state is SequenceState.WAITING and sequence.draws_pending == 0 and sequence.slot == -1
-    assert sequence.tokens == [1, 2, 3, 4, *range(104, 100 + len(sequence.tokens))]
-    assert sequence.num_output == other.num_output  # its row was not lost
-    assert sequence.num_computed == 0
-    events = it.commit(answer(plan)) + drain(it)
-    assert tokens_of(events, 0)[-1] == tokens_of(events, 1)[-1] == 115
-    assert finishes(events) == {0: FinishReason.LENGTH, 1: FinishReason.LENGTH}
-    assert it.preemptions == 1 and it.arena.used_blocks == 0
-
-
-def test_f70_nobody_is_admitted_until_one_finishes() -> None:
-    it, plan = crowded()
-    it.add(request(2, 1, max_tokens=1))
-    before: StepPlan | None = plan
-    while it.get(0) is not None:
-        now = it.plan()
-        assert set(ids(now)) <= {0}
-        it.commit(answer(before))
-        before = now
-    assert before is None or ids(before) == [0]
-    if before is not None:
-        it.commit(answer(before))
-    assert it.plan() is not None and it.num_running == 2  # the preempted one first, then the new one
-    sequence = it.get(1)
-    assert sequence is not None and sequence.state is SequenceState.RUNNING
-
-
-def test_f70_a_preempted_sequence_can_be_aborted_and_can_stop() -> None:
-    it, plan = crowded()
-    assert it.abort(1) is not None and it.num_waiting == 0
-    assert finishes(it.commit(answer(plan)) + drain(it)) == {0: FinishReason.LENGTH}
-    assert it.arena.used_blocks == 0
-
-    it = scheduler(num_blocks=4, context=16)
-    for number in (0, 1):
-        it.add(request(number, 4, max_tokens=12))
-    before = it.plan()
-    while not it.preemptions:
-        plan_now = it.plan()
-        if it.preemptions:
-            # Its row in flight turns out to be a stop: it ends while it waits.
-            events = it.commit(answer(before, lambda row: EOS if row.seq_id == 1 else 50))
-            assert finishes(events) == {1: FinishReason.STOP} and it.num_waiting == 0
-        else:
-            it.commit(answer(before))
-        before = plan_now
-    assert finishes(it.commit(answer(before)) + drain(it)) == {0: FinishReason.LENGTH}
-    assert it.arena.used_blocks == 0
-
-
-def test_f70_a_sequence_is_not_taken_back_before_its_token_is_known() -> None:
-    it = scheduler(num_blocks=4, context=16)
-    for number in (0, 1):
-        it.add(request(number, 4, max_tokens=12))
-    before = it.plan()
-    while True:
-        plan = it.plan()
-        if it.preemptions:
-            break
-        it.commit(answer(before))
-        before = plan
-    # The older one ends: the preempted one could be admitted, but the token in flight is not known yet.
-    it.abort(0)
-    sequence = it.get(1)
-    assert sequence is not None and sequence.draws_pending == 1
-    it.commit(answer(before))
-    assert sequence.draws_pending == 0
-    after = it.plan()
-    assert after is not None and ids(after) == [1] and PENDING not in after.rows[0].tokens
-    assert after.rows[0].tokens == tuple(sequence.tokens) and after.rows[0].start == 0
-    it.commit(answer(plan))
-    it.commit(answer(after))
-    assert finishes(drain(it)) == {1: FinishReason.LENGTH}
 
 
 def test_abort_all() -> None:

@@ -1,0 +1,378 @@
+"""The engine on the null backend: random workloads, failures, leaks (F12, F70, F80, P8, P11's counters)."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+
+import pytest
+
+from cortexstream.config import EngineConfig
+from cortexstream.engine import EngineCore
+from cortexstream.engine.core import kv_blocks
+from cortexstream.errors import EngineError, InvalidRequestError, OutOfMemoryBudgetError
+from cortexstream.plan import RowResult
+from cortexstream.request import FinishReason, Request
+from tests.core.support import AuditedBackend, Receiver, dense, engine, null_backend, request
+
+VOCAB = 97
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "cortexstream.engine")  # failures are provoked here; their traces are noise
+
+
+def random_request(rng: random.Random, number: int, longest: int) -> Request:
+    prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, min(longest - 1, rng.choice((3, 10, 30)))))]
+    max_tokens = rng.randint(1, rng.choice((4, 25)))
+    return request(
+        number, prompt, index=rng.randrange(3), seed=rng.getrandbits(64), max_tokens=max_tokens,
+        min_tokens=rng.randint(0, max_tokens), temperature=rng.choice((0.0, 1.0)),
+        stop_token_ids=tuple(rng.sample(range(VOCAB), rng.choice((0, 0, 3, 12)))), ignore_eos=rng.random() < 0.3,
+    )  # fmt: skip
+
+
+def random_engine(rng: random.Random) -> tuple[EngineCore, AuditedBackend]:
+    block_tokens = rng.randint(1, 8)
+    longest = rng.randint(8, 48)
+    enough = -(-longest // block_tokens)  # blocks of one sequence of full length
+    num_blocks = enough + rng.choice((0, 1, enough, 4 * enough))
+    return engine(
+        rng.choice(("run", "paged")), block_tokens=block_tokens, num_blocks=num_blocks, seqs=rng.randint(1, 12),
+        budget=rng.randint(1, 48), max_model_len=longest, vocab_size=VOCAB, eos_token_id=rng.randrange(VOCAB),
+    )  # fmt: skip
+
+
+def run_workload(seed: int) -> tuple[int, int]:
+    """One random workload; returns how often sequences were preempted and moved."""
+    rng = random.Random(seed)
+    core, backend = random_engine(rng)
+    aborts = seed % 3 == 0
+    waiting = [random_request(rng, number, core.limits.max_tokens) for number in range(rng.randint(1, 14))]
+    sinks: dict[int, Receiver] = {}
+    asked: dict[int, Request] = {each.id: each for each in waiting}
+    patience = 10 + 2 * core.arena.capacity_tokens // min(core.limits.max_batched_tokens, 8)
+    idle = produced = 0
+    while waiting or core.has_work:
+        while waiting and (not core.has_work or rng.random() < 0.4):
+            each = waiting.pop(0)
+            sinks[each.id] = Receiver()
+            core.add(each, sinks[each.id])
+        if aborts and rng.random() < 0.1:
+            core.abort(rng.choice(list(asked)))
+        core.step()
+        core.check()
+        now = sum(len(sink.tokens) for sink in sinks.values())
+        idle = idle + 1 if now == produced else 0
+        produced = now
+        assert aborts or idle <= patience, "no token in many steps"
+    assert core.arena.used_blocks == 0 and core.arena.stats().num_sequences == 0
+    for number, sink in sinks.items():
+        want = dense(asked[number], VOCAB, core.limits.max_tokens, backend.model.eos_token_ids)
+        if sink.finish is FinishReason.ABORT:
+            assert aborts and sink.tokens == want[: len(sink.tokens)]
+        else:
+            assert sink.tokens == want
+            stops = core.backend.model.eos_token_ids if not asked[number].sampling.ignore_eos else frozenset()
+            stopped = want[-1] in stops | set(asked[number].sampling.stop_token_ids)
+            assert sink.finish is (FinishReason.STOP if stopped else FinishReason.LENGTH)
+    stats = core.stats()
+    assert stats.requests_finished == len(asked) and stats.requests_failed == 0
+    assert stats.output_tokens == produced and stats.steps == len(backend.plans)
+    assert (stats.num_waiting, stats.num_running) == (0, 0)
+    return stats.preemptions, stats.arena.moved_tokens
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_random_workloads_give_the_dense_answer(part: int) -> None:
+    """150 seeds each: every request's tokens are those that it draws alone, whatever ran beside it."""
+    preempted = moved = 0
+    for seed in range(part * 150, part * 150 + 150):
+        try:
+            preemptions, moves = run_workload(seed)
+        except BaseException as error:
+            error.add_note(f"workload {seed}")
+            raise
+        preempted += preemptions > 0
+        moved += moves > 0
+    assert preempted >= 20 and moved >= 20  # the paths that matter were taken
+
+
+def test_f80_nothing_leaks_after_a_thousand_mixed_outcomes() -> None:
+    rng = random.Random(80)
+    core, backend = engine(num_blocks=40, block_tokens=4, seqs=8, budget=24, max_model_len=60, vocab_size=VOCAB)
+
+    def stop_at(count: int) -> Callable[[int], bool]:
+        return lambda tokens: tokens >= count
+
+    def raise_at(count: int) -> Callable[[int], bool]:
+        def react(tokens: int) -> bool:
+            if tokens >= count:
+                raise RuntimeError("the receiver is broken")
+            return False
+
+        return react
+
+    asked: list[Request] = []
+    sinks: list[Receiver] = []
+    kinds = ["plain", "sink stops", "sink raises", "row fails", "abort"]
+    spoilt = {number for number in range(1000) if kinds[number % 5] == "row fails"}
+    backend.spoil = lambda row: row._replace(error="not finite") if row.seq_id in spoilt and row.token % 3 == 0 else row
+    for number in range(1000):
+        kind = kinds[number % 5]
+        react = {"sink stops": stop_at(rng.randint(1, 5)), "sink raises": raise_at(rng.randint(1, 5))}.get(kind)
+        each = random_request(rng, number, 60)
+        asked.append(each)
+        sinks.append(Receiver(react))
+        core.add(each, sinks[-1])
+    while core.has_work:
+        core.step()
+        if rng.random() < 0.5:
+            core.abort(5 * rng.randrange(200) + 4)
+    core.check()
+    assert core.arena.used_blocks == 0 and core.arena.stats().num_sequences == 0
+    assert sorted(core.scheduler._slots) == list(range(8)) and not core._sinks
+    outcomes = {kind: {sink.finish for sink in sinks[i::5]} for i, kind in enumerate(kinds)}
+    assert outcomes["plain"] == {FinishReason.STOP, FinishReason.LENGTH}
+    assert FinishReason.ABORT in outcomes["abort"] and FinishReason.ERROR not in outcomes["abort"]
+    assert FinishReason.ERROR in outcomes["row fails"] and FinishReason.ERROR in outcomes["sink raises"]
+    assert FinishReason.ERROR not in outcomes["sink stops"]
+    for each, sink in zip(asked, sinks, strict=True):
+        want = dense(each, VOCAB, 60)
+        assert sink.finish is not None and sink.tokens == want[: len(sink.tokens)]
+        assert sink.finish is not FinishReason.LENGTH or sink.tokens == want
+    stats = core.stats()
+    assert stats.requests_finished == 1000
+    assert stats.requests_failed == sum(sink.finish is FinishReason.ERROR for sink in sinks) > 100
+    assert stats.preemptions > 0
+
+
+@pytest.mark.parametrize("layout", ["run", "paged"])
+@pytest.mark.parametrize("call", ["submit", "collect"])
+@pytest.mark.parametrize("when", [1, 2, 3, 7])
+def test_a_failing_step_ends_what_runs_and_nothing_else(layout: str, call: str, when: int) -> None:
+    core, backend = engine(layout, num_blocks=12, seqs=3, budget=8, max_model_len=40, vocab_size=VOCAB)
+    failures: list[int] = []
+
+    def fault(name: str, step: int) -> None:
+        if name == call and step == when and not failures:
+            failures.append(step)
+            raise RuntimeError("the device fell over")
+
+    backend.fault = fault
+    sinks = [Receiver() for _ in range(5)]
+    for number, sink in enumerate(sinks):
+        core.add(request(number, [number] * 5, max_tokens=20), sink)
+    while core.has_work:
+        core.step()
+        core.check()
+    assert failures and core.arena.used_blocks == 0
+    for number, sink in enumerate(sinks):
+        assert sink.finish is FinishReason.ERROR
+        assert sink.error == "the step failed on the device: the device fell over"
+        want = dense(request(number, [number] * 5, max_tokens=20), VOCAB, 40)
+        assert sink.tokens == want[: len(sink.tokens)]
+    later = [request(number, [number + 1] * 7, max_tokens=9) for number in range(4)]  # numbers may come again
+    after = [Receiver() for _ in later]
+    for each, sink in zip(later, after, strict=True):
+        core.add(each, sink)
+    core.run()
+    core.check()
+    assert [sink.tokens for sink in after] == [dense(each, VOCAB, 40) for each in later]
+    stats = core.stats()
+    assert (stats.requests_finished, stats.requests_failed) == (9, 5)
+
+
+def test_a_backend_that_always_fails_ends_everything() -> None:
+    core, backend = engine()
+
+    def fault(name: str, step: int) -> None:
+        raise RuntimeError("dead")
+
+    backend.fault = fault
+    sinks = [Receiver() for _ in range(20)]
+    for number, sink in enumerate(sinks):
+        core.add(request(number, 3), sink)
+    for _ in range(3):
+        core.step()
+    assert not core.has_work and {sink.finish for sink in sinks} == {FinishReason.ERROR}
+    core.check()
+
+
+def test_wrong_results_are_a_failed_step_and_not_wrong_tokens() -> None:
+    core, backend = engine()
+    backend.spoil = lambda row: RowResult(row.seq_id + 1, row.token)
+    sink = Receiver()
+    core.add(request(0, 3), sink)
+    core.run()
+    assert sink.finish is FinishReason.ERROR and sink.tokens == []
+    assert sink.error is not None and "not the plan's sampling rows" in sink.error
+    core.check()
+
+
+def test_a_row_error_fails_that_row_alone() -> None:
+    core, backend = engine(vocab_size=VOCAB)
+    backend.spoil = lambda row: row._replace(error="its logits are not finite") if row.seq_id == 1 else row
+    sinks = [Receiver() for _ in range(3)]
+    for number, sink in enumerate(sinks):
+        core.add(request(number, [number] * 4, max_tokens=6), sink)
+    core.run()
+    core.check()
+    assert sinks[1].finish is FinishReason.ERROR and sinks[1].error == "its logits are not finite"
+    for number in (0, 2):
+        assert sinks[number].tokens == dense(request(number, [number] * 4, max_tokens=6), VOCAB, 4096)
+
+
+@pytest.mark.parametrize("at", [1, 3, 6])
+def test_f06_a_sink_that_raises_fails_its_own_request(at: int) -> None:
+    core, _ = engine(vocab_size=VOCAB)
+
+    def broken(tokens: int) -> bool:
+        if tokens == at:
+            raise ValueError("no")
+        return False
+
+    sinks = [Receiver(), Receiver(broken), Receiver()]
+    for number, sink in enumerate(sinks):
+        core.add(request(number, [number] * 4, max_tokens=6), sink)
+    core.run()
+    core.check()
+    for number in (0, 2):
+        assert sinks[number].tokens == dense(request(number, [number] * 4, max_tokens=6), VOCAB, 4096)
+        assert sinks[number].finish is FinishReason.LENGTH
+    assert len(sinks[1].tokens) == at
+    if at < 6:
+        assert sinks[1].finish is FinishReason.ERROR
+        assert sinks[1].error == "the receiver of its tokens raised ValueError('no')"
+        assert core.stats().requests_failed == 1
+    else:
+        assert sinks[1].finish is FinishReason.LENGTH and core.stats().requests_failed == 0  # it had ended
+
+
+def test_a_sink_that_raises_at_everything_is_survived() -> None:
+    core, _ = engine(vocab_size=VOCAB)
+
+    def sink(event: object) -> bool:
+        raise ValueError("never")
+
+    good = Receiver()
+    core.add(request(0, 3), sink)
+    core.add(request(1, 3, max_tokens=5), good)
+    core.run()
+    core.check()
+    assert len(good.tokens) == 5 and core.stats().requests_failed == 1
+    core.add(request(2, 3), sink)
+    core.fail_all("over")
+    assert not core.has_work
+    core.check()
+
+
+def test_a_sink_may_stop_its_request() -> None:
+    core, _ = engine(vocab_size=VOCAB)
+    sinks = [Receiver(lambda tokens: tokens == 3), Receiver(lambda tokens: True), Receiver(lambda tokens: tokens == 6)]
+    for number, sink in enumerate(sinks):
+        core.add(request(number, 4, max_tokens=6), sink)
+    core.run()
+    core.check()
+    assert [len(sink.tokens) for sink in sinks] == [3, 1, 6]
+    assert [sink.finish for sink in sinks] == [FinishReason.STOP, FinishReason.STOP, FinishReason.LENGTH]
+    assert core.stats().requests_failed == 0 and core.stats().requests_finished == 3
+
+
+def test_fail_all_and_close() -> None:
+    core, backend = engine(seqs=2)
+    sinks = [Receiver() for _ in range(4)]
+    for number, sink in enumerate(sinks):
+        core.add(request(number, 3, max_tokens=50), sink)
+    core.step()
+    core.step()
+    core.fail_all("the engine was closed")
+    assert {(sink.finish, sink.error) for sink in sinks} == {(FinishReason.ERROR, "the engine was closed")}
+    assert not core.has_work and core.arena.used_blocks == 0
+    stats = core.stats()
+    assert (stats.requests_finished, stats.requests_failed) == (4, 4)
+    core.close()
+    assert backend.closed
+
+
+def test_refused_requests_leave_nothing() -> None:
+    core, _ = engine(num_blocks=4, block_tokens=4)
+    with pytest.raises(InvalidRequestError, match=r"has 16 tokens; .* at most 15 fit \(the KV arena holds 16 tokens"):
+        core.add(request(0, 16), Receiver())
+    sink = Receiver()
+    core.add(request(1, 3, max_tokens=1), sink)
+    with pytest.raises(InvalidRequestError, match="request_id: 1 is in use"):
+        core.add(request(1, 3), Receiver())
+    assert len(core._sinks) == 1
+    core.run()
+    assert sink.finish is FinishReason.LENGTH and not core._sinks
+
+
+def test_check_notices_blocks_that_nobody_holds() -> None:
+    core, _ = engine()
+    core.check()
+    core.arena.admit(5)
+    with pytest.raises(EngineError, match="2 blocks are held by no request"):
+        core.check()
+
+
+def test_one_plan_is_in_flight_and_rows_are_counted() -> None:
+    core, backend = engine(vocab_size=VOCAB)
+    sink = Receiver()
+    core.add(request(0, 10, max_tokens=5), sink)
+    core.step()
+    assert len(backend.plans) == 1 and sink.tokens == []  # submitted, not read yet
+    core.step()
+    assert len(backend.plans) == 2 and len(sink.tokens) == 1
+    core.run()
+    stats = core.stats()
+    assert (stats.steps, stats.prompt_tokens, stats.output_tokens) == (5, 10, 5)
+    assert stats.host_s > 0 and stats.backend_s > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "extra", "blocks"),
+    [
+        ({"num_kv_blocks": 3}, {}, 3),
+        ({"kv_cache_memory": 256}, {}, 1),  # 16 tokens of two 8-byte numbers
+        ({"kv_cache_memory": 511}, {}, 1),
+        ({"kv_cache_memory": "2kib"}, {}, 8),
+        ({"memory_utilization": 0.5}, {"memory_bytes": 1024}, 2),
+        ({}, {"memory_bytes": 3200}, 10),  # the backend's own share, 0.8
+        ({"kv_cache_memory": "1GiB"}, {"max_context_tokens": 33}, 64 * 3),  # more could never be used
+        ({"kv_cache_memory": "1GiB", "max_model_len": 16, "max_num_seqs": 5}, {"max_context_tokens": 33}, 5),
+    ],
+)
+def test_budget(config: dict[str, object], extra: dict[str, object], blocks: int) -> None:
+    made = EngineConfig(backend="null", **config)  # type: ignore[arg-type]
+    assert kv_blocks(null_backend(**extra), made) == blocks
+    assert EngineCore(null_backend(**extra), made).kv_bytes == blocks * 256
+
+
+@pytest.mark.parametrize(
+    ("config", "budget"), [({"kv_cache_memory": 255}, "255"), ({"memory_utilization": 0.2}, "200"), ({}, "800")]
+)
+def test_budget_errors_have_the_numbers(config: dict[str, object], budget: str) -> None:
+    backend = null_backend(memory_bytes=1000) if config else null_backend(memory_bytes=200)
+    if not config:
+        budget = "160"
+    with pytest.raises(OutOfMemoryBudgetError) as caught:
+        EngineCore(backend, EngineConfig(backend="null", **config))  # type: ignore[arg-type]
+    text = str(caught.value)
+    assert f"the KV budget of {budget} bytes holds no block of 16 tokens (256 bytes)" in text
+    assert f"{backend.info.memory_bytes:,} bytes are free on none" in text
+    assert "raise kv_cache_memory or memory_utilization" in text and isinstance(caught.value, MemoryError)
+
+
+def test_the_longest_sequence_is_the_smallest_of_three_limits() -> None:
+    def limit(num_blocks: int, max_model_len: int | None) -> tuple[int, str]:
+        core, _ = engine(num_blocks=num_blocks, block_tokens=4, max_model_len=max_model_len, max_context_tokens=100)
+        return core.limits.max_tokens, core.limits.reason
+
+    assert limit(50, None) == (100, "the model's context is 100 tokens")
+    assert limit(50, 60) == (60, "max_model_len is 60")
+    assert limit(50, 100) == (100, "the model's context is 100 tokens")
+    assert limit(10, 60) == (40, "the KV arena holds 40 tokens; raise kv_cache_memory")
+    assert limit(10, None)[0] == 40
