@@ -81,7 +81,7 @@ class Ticket(Protocol):
 
 
 class Backend(Protocol):
-    """Seven members. `submit` may return before the device is done; `collect` waits.
+    """Eight members. `submit` may return before the device is done; `collect` waits.
 
     At most one further plan is submitted before the previous ticket is collected, and tickets are collected in order.
     Within a step every row writes its KV before any row reads. A token `PENDING` in a plan means what the row with the
@@ -110,6 +110,11 @@ class Backend(Protocol):
     def warmup(self, prompt_tokens: int, batch: int) -> WarmupReport:
         """Do what the first request would otherwise pay for: compile and run a prefill of `prompt_tokens` and decode
         steps of up to `batch` rows, on blocks 0 .. and with the arena empty."""
+        ...
+
+    def memory_addresses(self) -> list[int]:
+        """Where each KV array lies, for backends whose library might copy it on a write; empty where nothing can move.
+        Called between two plans."""
         ...
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ class Completion:
         self._detokenizer = (
             Detokenizer(tokenizer, prompt_token_ids, sampling.skip_special_tokens) if tokenizer is not None else None
         )
-        self._stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output) if sampling.stop else None
+        self._stops = StopStrings(tuple(sampling.stop), sampling.include_stop_str_in_output) if sampling.stop else None
         self._pieces: list[str] = []
         self._tokens: list[int] = []
         self._logprobs: list[dict[int, Logprob]] | None = None if sampling.logprobs is None else []

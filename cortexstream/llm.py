@@ -19,6 +19,7 @@ from cortexstream.outputs import RequestOutput, StreamChunk
 from cortexstream.progress import progress, wanted
 from cortexstream.prompts import Prompt, Prompts, as_list, tokenize
 from cortexstream.request import SamplingParams
+from cortexstream.scheduler import Limits
 from cortexstream.text.chat import render_chat
 from cortexstream.text.tokenizer import Tokenizer
 
@@ -78,6 +79,11 @@ class LLM:
         return self._engine.model
 
     @property
+    def limits(self) -> Limits:
+        """The longest sequence and what sets it, the vocabulary, the slots, and the tokens of one step."""
+        return self._engine.limits
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of KV memory, allocated once at the start."""
         return self._engine.kv_bytes
@@ -121,7 +127,7 @@ class LLM:
         """
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         prompts = [{"prompt_token_ids": self.encode_chat(m, **template)} for m in conversations]  # type: ignore[arg-type]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)  # type: ignore[arg-type]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def submit(
         self,
@@ -151,7 +157,7 @@ class LLM:
     def warmup(self, prompt_tokens: int = 64, batch: int | None = None) -> WarmupReport:
         """Pay now for what the first request would pay: compilation, first touches. Needs an idle engine."""
         rows = self.config.max_num_seqs if batch is None else batch
-        longest = self._engine.limits.max_tokens - 1
+        longest = self.limits.max_tokens - 1
         for field, value, limit in (
             ("prompt_tokens", prompt_tokens, longest),
             ("batch", rows, self.config.max_num_seqs),
@@ -170,6 +176,10 @@ class LLM:
     def stats(self) -> EngineStats:
         """What the engine counted so far, and the arena as it is now."""
         return self._engine.stats()
+
+    def memory_addresses(self) -> list[int]:
+        """Where the KV arrays lie, for a check that no step copies them; empty for backends that cannot."""
+        return self._engine.call(lambda core: core.backend.memory_addresses())
 
     def describe_arena(self) -> str:
         """The KV arena as text: configuration, state, sequences, block map."""

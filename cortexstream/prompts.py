@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 from cortexstream.errors import InvalidRequestError
 from cortexstream.text.tokenizer import Tokenizer
 
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
 
-class TextPrompt(TypedDict):
-    prompt: str
-
-
-class TokensPrompt(TypedDict):
-    prompt_token_ids: Sequence[int]
-
-
-Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
 Prompts = Prompt | Sequence[Prompt]
 
 
@@ -48,7 +41,9 @@ def tokenize(prompt: Any, tokenizer: Tokenizer | None) -> tuple[str | None, tupl
             )
     if isinstance(prompt, str):
         if tokenizer is None:
-            raise InvalidRequestError("prompt", "is text, but skip_tokenizer_init is set; give token ids")
+            raise InvalidRequestError(
+                "prompt", "is text, but this model was loaded without a tokenizer; give token ids"
+            )
         return prompt, tuple(tokenizer.encode(prompt))
     return None, _ids(prompt)
 

@@ -6,7 +6,7 @@ import enum
 import math
 import operator
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -44,8 +44,8 @@ class SamplingParams:
     top_k: int = 0  # 0 and -1 are off
     min_p: float = 0.0  # [0, 1]
     seed: int | None = None  # None: drawn from the engine's seed and the request's number
-    stop: tuple[str, ...] = ()  # strings that end the text; they are not part of it
-    stop_token_ids: tuple[int, ...] = ()
+    stop: Sequence[str] = ()  # strings that end the text; they are not part of it
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True

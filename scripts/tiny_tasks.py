@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 LETTERS = string.ascii_lowercase
 VOWELS = "aeiou"
-COPY_ALPHABET = string.ascii_letters + string.digits
 NAMES = "Ada Ben Cleo Dan Eva Finn Gus Hana Ivo Jo Kai Lena Milo Nora Otto Pia Rex Sam Tess Uma".split()
 ANIMALS = "fox cat dog owl bear hen frog goat mouse duck".split()
 PLACES = "forest garden village valley harbour meadow castle desert".split()
@@ -56,11 +55,29 @@ def add(rng: random.Random) -> Item:
     return Item("arithmetic", *arithmetic(rng))
 
 
-def copy(rng: random.Random, shortest: int = 1, longest: int = 24) -> Item:
-    """Copy a random string; lengths are log-uniform, so that short words and long strings are both common."""
-    length = round(shortest * (longest / shortest) ** rng.random())
-    text = word(rng, length, length, rng.choice([LETTERS, COPY_ALPHABET]))
+def copy(rng: random.Random) -> Item:
+    """Copy a short random string of letters and digits."""
+    text = word(rng, 1, 24, rng.choice([LETTERS, LETTERS + string.ascii_uppercase + string.digits]))
     return Item("copy", f"copy: {text}", "\n" + text)
+
+
+def long_copy(rng: random.Random, longest: int = 400) -> Item:
+    """Copy up to hundreds of letters. No pair of neighbours occurs twice, so that what follows is always determined by
+    the two letters before; lengths are log-uniform."""
+    text = pairwise_unique(rng, round(25 * (longest / 25) ** rng.random()))
+    return Item("long copy", f"copy: {text}", "\n" + text)
+
+
+def pairwise_unique(rng: random.Random, length: int) -> str:
+    """A random string of lower-case letters in which no two neighbouring letters occur together a second time."""
+    text, used = rng.choice(LETTERS), set[str]()
+    while len(text) < length:
+        following = [c for c in LETTERS if text[-1] + c not in used]
+        if not following:  # a dead end: every pair that begins with this letter is used
+            return pairwise_unique(rng, length)
+        text += rng.choice(following)
+        used.add(text[-2:])
+    return text
 
 
 def reverse(rng: random.Random) -> Item:
@@ -136,7 +153,7 @@ def chat(rng: random.Random) -> Item:
 TASKS: dict[str, Callable[[random.Random], Item]] = {
     "arithmetic": add,
     "copy": copy,
-    "long copy": lambda rng: copy(rng, shortest=25, longest=400),
+    "long copy": long_copy,
     "reverse": reverse,
     "sort": sort,
     "count": count,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_tasks import TASKS, Item, copy, held_out, is_right
+from tiny_tasks import TASKS, Item, held_out, is_right, long_copy
 
 TINY = Path(__file__).parent.parent / "cortexstream" / "models" / "tiny"
 BOS, EOS = 1, 2
@@ -43,7 +43,7 @@ SHAPE: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 WEIGHTS = {
-    "arithmetic": 14, "copy": 2, "long copy": 3, "reverse": 3, "sort": 3,
+    "arithmetic": 14, "copy": 2, "long copy": 5, "reverse": 3, "sort": 3,
     "count": 6, "recall": 3, "json": 1.5, "story": 0.7, "chat": 6,
 }  # fmt: skip
 STORY_LOSS = 0.3  # most of a story's letters are a free choice, whose loss cannot fall
@@ -117,7 +117,7 @@ class Encoder:
         kinds = list(WEIGHTS)
         while len(ids) <= length:
             kind = rng.choices(kinds, [WEIGHTS[k] for k in kinds])[0]
-            item = copy(rng, 25, 400 if length > 512 else 100) if kind == "long copy" else TASKS[kind](rng)
+            item = long_copy(rng, 400 if length > 512 else 100) if kind == "long copy" else TASKS[kind](rng)
             if not held_out(item):
                 turns = [TASKS["chat"](rng) for _ in range(rng.choice([0, 0, 1, 2, 3]))] if item.chat else []
                 i, w = self.example(item, turns)
@@ -147,7 +147,7 @@ def train(folder: Path, minutes: float, seed: int, resume: bool, peak_lr: float)
     started = last = time.monotonic()
     step = tokens = 0
     while (done := (time.monotonic() - started) / (60 * minutes)) < 1:
-        length, rows = (1024, 6) if step % 3 == 2 else (256, 24)
+        length, rows = (1024, 6) if step % 2 else (256, 24)
         rate = peak_lr * min(1, (step + 1) / 200) * (0.525 + 0.475 * math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = rate

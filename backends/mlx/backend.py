@@ -136,6 +136,9 @@ class MlxBackend:
             rows *= 2
         return WarmupReport(tuple(steps))
 
+    def memory_addresses(self) -> list[int]:
+        return self.pool.addresses()
+
     def close(self) -> None:
         if self._pool is not None:
             self._wait()

@@ -91,6 +91,9 @@ class NullBackend:
     def warmup(self, prompt_tokens: int, batch: int) -> WarmupReport:
         return WarmupReport(())
 
+    def memory_addresses(self) -> list[int]:
+        return []
+
     def close(self) -> None:
         self._kv = []
 

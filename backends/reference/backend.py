@@ -19,7 +19,7 @@ from cortexstream.backends.common.memory import host_memory_bytes
 from cortexstream.backends.reference.model import Model
 from cortexstream.backends.reference.pool import KVPool
 from cortexstream.backends.reference.settings import Settings, settings_from
-from cortexstream.errors import EngineError, ModelLoadError
+from cortexstream.errors import EngineError, InvalidRequestError, ModelLoadError
 from cortexstream.kernels.reference.attention import attention
 from cortexstream.plan import PENDING, KVRows, PlanRow, RowResult, SampleSpec, StepPlan, StepResult
 
@@ -44,7 +44,7 @@ def create(options: BackendOptions) -> ReferenceBackend:
     if options.model is None:
         raise ModelLoadError("the reference backend needs a model folder; none was given")
     if options.dtype not in ("auto", "float32"):
-        raise ModelLoadError(f"dtype {options.dtype!r} is not supported by the reference backend; use 'float32'")
+        raise InvalidRequestError("dtype", f"is {options.dtype!r}; the reference backend computes in float32 only")
     if options.kv_layout not in (None, "run", "paged"):
         raise ModelLoadError(f"kv_layout {options.kv_layout!r} is unknown; use 'run' or 'paged'")
     if options.block_tokens is not None and options.block_tokens < 1:
@@ -142,6 +142,9 @@ class ReferenceBackend:
             self._run(StepPlan(0, tuple(rows)))
             steps.append((name, time.perf_counter() - began_s))
         return WarmupReport(tuple(steps))
+
+    def memory_addresses(self) -> list[int]:
+        return []  # numpy writes in place, always
 
     def close(self) -> None:
         """Drop weights and KV. Idempotent."""

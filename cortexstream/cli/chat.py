@@ -75,7 +75,7 @@ class Talk:
     def __init__(self, llm: LLM, sampling: SamplingParams, system: str | None) -> None:
         self._llm = llm
         self._sampling = sampling
-        self._conversation = Conversation(llm.encode_chat, llm._engine.limits.max_tokens, system)
+        self._conversation = Conversation(llm.encode_chat, llm.limits.max_tokens, system)
         self._last = "nothing was answered yet"
         self._context_tokens = 0
         self.num_refused = 0

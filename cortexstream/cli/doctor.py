@@ -56,7 +56,7 @@ def doctor(
 
 def describe_llm(llm: LLM) -> dict[str, Any]:
     """The loaded model, the memory budget and the fallbacks in force."""
-    info, model, limits, arena = llm.info, llm.model, llm._engine.limits, llm.stats().arena
+    info, model, limits, arena = llm.info, llm.model, llm.limits, llm.stats().arena
     return {
         "device": {"backend": info.name, "name": info.device, "dtype": info.dtype, "kv_layout": info.kv_layout},
         "model": {
@@ -117,14 +117,14 @@ def check_pools(llm: LLM, steps: int) -> dict[str, Any]:
     from cortexstream.request import SamplingParams
 
     def addresses() -> list[int]:
-        return llm._engine.call(lambda core: core.backend.pool.addresses())  # type: ignore[attr-defined]
+        return llm.memory_addresses()
 
     name = "the KV pools stay in place"
-    steps = min(steps, llm._engine.limits.max_tokens - 1)
+    steps = min(steps, llm.limits.max_tokens - 1)
     before, steps_before = addresses(), llm.stats().steps
     longest = llm.submit([0], SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True))
     brief = SamplingParams(temperature=0, max_tokens=max(1, steps // 8), ignore_eos=True)
-    joining = [[0] * length for length in (1, 5, 17) if length + brief.max_tokens <= llm._engine.limits.max_tokens]
+    joining = [[0] * length for length in (1, 5, 17) if length + brief.max_tokens <= llm.limits.max_tokens]
     while joining and not longest.done:
         llm.generate(joining, brief, use_tqdm=False)
     failed = longest.result().outputs[0].error

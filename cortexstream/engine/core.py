@@ -117,7 +117,9 @@ class EngineCore:
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         for event in events:
-            sink = self._sinks[event.request_id]
+            sink = self._sinks.get(event.request_id)
+            if sink is None:  # a receiver called `abort` for this request while it took an earlier event
+                continue
             if event.token is not None:
                 self._output_tokens += 1
             stop, finish = False, event.finish
@@ -125,11 +127,11 @@ class EngineCore:
                 stop = sink(event)
             except Exception as error:
                 log.exception("the receiver of request %d raised; the request ends", event.request_id)
-                if finish is None:
+                if finish is None and event.request_id in self._sinks:
                     self.scheduler.abort(event.request_id, FinishReason.ERROR)
                     finish = FinishReason.ERROR
                     self._last_words(sink, event.request_id, f"the receiver of its tokens raised {error!r}")
-            if stop and finish is None:
+            if stop and finish is None and event.request_id in self._sinks:
                 self.scheduler.abort(event.request_id, FinishReason.STOP)
                 finish = FinishReason.STOP
             if finish is not None:

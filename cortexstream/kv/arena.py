@@ -14,8 +14,8 @@ from cortexstream.kv.handle import KVHandle
 from cortexstream.plan import Move
 
 GROWTH = 1.25
-"""Ratio of neighbouring capacity classes of a run. Measured on one trace (docs/log.md, "capacity classes"): 8 % of a run is
-unused on average and each output token costs 5 copied ones; 1.5 wastes 12 % and costs 3, 1.125 wastes 5 % and costs 9."""
+"""Ratio of neighbouring capacity classes of a run. Measured on one trace (docs/log.md, "Capacity classes"): 8 % of a
+run is unused on average and an output token costs 5 copied ones; 1.5 wastes 12 % and costs 3, 1.125 5 % and 9."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cortexstream import LLM
+from cortexstream.cli.doctor import check_pools
 from cortexstream.models import tiny_folder
 from tests.cli.command_line import EMBEDDED, cortexstream, environment, is_one_sentence
 from tests.conftest import require
@@ -69,6 +72,24 @@ def test_doctor_proves_that_mlx_copies_no_pool(model: Path) -> None:
     verdict = checks["the KV pools stay in place"]
     assert verdict["ok"] and verdict["detail"].startswith("4 pools over "), verdict
     assert done.returncode == 0, done.stderr
+
+
+def test_doctor_sees_a_copied_pool(model: Path) -> None:
+    """P9, the control: MLX copies a pool that a view refers to, and the check says so."""
+    mx = require("mlx")
+    require("mlx_lm")
+    held = []
+
+    def hold(core: Any) -> None:
+        held.append(core.backend.pool.keys[0].reshape(-1))
+        mx.eval(held)
+
+    with LLM(model, backend="mlx", max_num_seqs=4) as llm:
+        assert check_pools(llm, 20)["ok"]
+        llm._engine.call(hold)
+        verdict = check_pools(llm, 20)
+        held.clear()
+    assert not verdict["ok"] and verdict["detail"].startswith("1 of 4 pools"), verdict
 
 
 @pytest.mark.parametrize("name", ["abacus", ""])

@@ -66,7 +66,7 @@ def test_bad_prompt(llm: LLM, case: str) -> None:
 
 def test_empty_text_without_bos_is_refused(llm: LLM) -> None:
     if llm.tokenizer is None:
-        with pytest.raises(InvalidRequestError, match="prompt: is text, but skip_tokenizer_init is set"):
+        with pytest.raises(InvalidRequestError, match="prompt: is text, but no tokenizer is loaded"):
             llm.generate("hello", GREEDY)
         with pytest.raises(InvalidRequestError, match="stop: needs a tokenizer"):
             llm.generate([1], SamplingParams(stop=["x"]))
@@ -123,7 +123,10 @@ def _cut(path: Path) -> None:
 
 
 def _write(name: str, text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text(text) and None
+    def write(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return write
 
 
 def _config(**changes: Any) -> Callable[[Path], None]:

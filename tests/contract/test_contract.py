@@ -74,7 +74,8 @@ class Driver:
     def generate(self, tokens: tuple[int, ...], kv: KVRows, count: int, chunk: int = 10**6, slot: int = 0) -> list[int]:
         """The prompt in chunks, then single tokens: what a sequence gives alone."""
         known = list(tokens)
-        start, drawn = 0, []
+        start = 0
+        drawn: list[int] = []
         while len(drawn) < count:
             part = tuple(known[start : start + chunk])
             last = start + len(part) == len(known)

@@ -180,6 +180,12 @@ class AuditedBackend:
     def warmup(self, prompt_tokens: int, batch: int) -> WarmupReport:
         return self.inner.warmup(prompt_tokens, batch)
 
+    def memory_addresses(self) -> list[int]:
+        return self.inner.memory_addresses()
+
+    def memory_addresses(self) -> list[int]:
+        return []
+
     def close(self) -> None:
         self.closed = True
         self.inner.close()

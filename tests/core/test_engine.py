@@ -8,13 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
-from cortexstream.config import EngineConfig
 from cortexstream.engine import EngineCore
-from cortexstream.engine.core import kv_blocks
-from cortexstream.errors import EngineError, InvalidRequestError, OutOfMemoryBudgetError
+from cortexstream.errors import EngineError, InvalidRequestError
 from cortexstream.plan import RowResult
 from cortexstream.request import FinishReason, Request
-from tests.core.support import AuditedBackend, Receiver, dense, engine, null_backend, request
+from tests.core.support import AuditedBackend, Receiver, dense, engine, request
 
 VOCAB = 97
 
@@ -281,6 +279,36 @@ def test_a_sink_may_stop_its_request() -> None:
     assert core.stats().requests_failed == 0 and core.stats().requests_finished == 3
 
 
+def test_a_sink_may_abort_itself_and_others() -> None:
+    core, _ = engine(vocab_size=VOCAB)
+
+    def abort(*numbers: int, then: Callable[[], bool]) -> Callable[[int], bool]:
+        def react(tokens: int) -> bool:
+            if tokens == 2:
+                for number in numbers:
+                    core.abort(number)
+                return then()
+            return False
+
+        return react
+
+    def fail() -> bool:
+        raise ValueError("after the abort")
+
+    reactions = [abort(1, 5, then=lambda: False), None, abort(2, then=lambda: True), abort(3, then=fail), None, None]
+    sinks = [Receiver(react) for react in reactions]
+    for number, sink in enumerate(sinks):
+        core.add(request(number, 3, max_tokens=5), sink)
+    core.run()
+    core.check()
+    assert [sink.finish for sink in sinks] == [
+        FinishReason.LENGTH, FinishReason.ABORT, FinishReason.ABORT, FinishReason.ABORT, FinishReason.LENGTH,
+        FinishReason.ABORT,
+    ]  # fmt: skip
+    assert [len(sink.tokens) for sink in sinks] == [5, 1, 2, 2, 5, 1]
+    assert core.stats().requests_finished == 6 and core.stats().requests_failed == 0 and not core._sinks
+
+
 def test_fail_all_and_close() -> None:
     core, backend = engine(seqs=2)
     sinks = [Receiver() for _ in range(4)]
@@ -330,49 +358,3 @@ def test_one_plan_is_in_flight_and_rows_are_counted() -> None:
     stats = core.stats()
     assert (stats.steps, stats.prompt_tokens, stats.output_tokens) == (5, 10, 5)
     assert stats.host_s > 0 and stats.backend_s > 0
-
-
-@pytest.mark.parametrize(
-    ("config", "extra", "blocks"),
-    [
-        ({"num_kv_blocks": 3}, {}, 3),
-        ({"kv_cache_memory": 256}, {}, 1),  # 16 tokens of two 8-byte numbers
-        ({"kv_cache_memory": 511}, {}, 1),
-        ({"kv_cache_memory": "2kib"}, {}, 8),
-        ({"memory_utilization": 0.5}, {"memory_bytes": 1024}, 2),
-        ({}, {"memory_bytes": 3200}, 10),  # the backend's own share, 0.8
-        ({"kv_cache_memory": "1GiB"}, {"max_context_tokens": 33}, 64 * 3),  # more could never be used
-        ({"kv_cache_memory": "1GiB", "max_model_len": 16, "max_num_seqs": 5}, {"max_context_tokens": 33}, 5),
-    ],
-)
-def test_budget(config: dict[str, object], extra: dict[str, object], blocks: int) -> None:
-    made = EngineConfig(backend="null", **config)  # type: ignore[arg-type]
-    assert kv_blocks(null_backend(**extra), made) == blocks
-    assert EngineCore(null_backend(**extra), made).kv_bytes == blocks * 256
-
-
-@pytest.mark.parametrize(
-    ("config", "budget"), [({"kv_cache_memory": 255}, "255"), ({"memory_utilization": 0.2}, "200"), ({}, "800")]
-)
-def test_budget_errors_have_the_numbers(config: dict[str, object], budget: str) -> None:
-    backend = null_backend(memory_bytes=1000) if config else null_backend(memory_bytes=200)
-    if not config:
-        budget = "160"
-    with pytest.raises(OutOfMemoryBudgetError) as caught:
-        EngineCore(backend, EngineConfig(backend="null", **config))  # type: ignore[arg-type]
-    text = str(caught.value)
-    assert f"the KV budget of {budget} bytes holds no block of 16 tokens (256 bytes)" in text
-    assert f"{backend.info.memory_bytes:,} bytes are free on none" in text
-    assert "raise kv_cache_memory or memory_utilization" in text and isinstance(caught.value, MemoryError)
-
-
-def test_the_longest_sequence_is_the_smallest_of_three_limits() -> None:
-    def limit(num_blocks: int, max_model_len: int | None) -> tuple[int, str]:
-        core, _ = engine(num_blocks=num_blocks, block_tokens=4, max_model_len=max_model_len, max_context_tokens=100)
-        return core.limits.max_tokens, core.limits.reason
-
-    assert limit(50, None) == (100, "the model's context is 100 tokens")
-    assert limit(50, 60) == (60, "max_model_len is 60")
-    assert limit(50, 100) == (100, "the model's context is 100 tokens")
-    assert limit(10, 60) == (40, "the KV arena holds 40 tokens; raise kv_cache_memory")
-    assert limit(10, None)[0] == 40

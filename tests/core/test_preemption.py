@@ -87,6 +87,37 @@ def test_f70_nobody_is_admitted_until_one_finishes() -> None:
     assert sequence is not None and sequence.state is SequenceState.RUNNING
 
 
+def test_f70_a_newcomer_does_not_take_the_blocks_that_a_preemption_freed() -> None:
+    """The preempted sequence is gone and one block is free; the older one will need it, so nobody else gets it."""
+    it, plan = crowded()
+    assert it.abort(1) is not None
+    it.add(request(2, 2, max_tokens=6))
+    assert it.arena.can_admit(2, 7)
+    events = it.commit(answer(plan)) + drain(it)
+    assert it.preemptions == 1
+    order = [event.request_id for event in events]
+    assert order == sorted(order) and finishes(events) == {0: FinishReason.LENGTH, 2: FinishReason.LENGTH}
+
+
+def test_f70_a_preempted_sequence_comes_back_before_those_that_wait() -> None:
+    it = scheduler(num_blocks=4, context=16, seqs=2)
+    for number in (0, 1):
+        it.add(request(number, 4, max_tokens=12))
+    it.add(request(2, 2, max_tokens=1))  # waits for a slot
+    first_seen: list[int] = []
+    back = 0  # the step in which the preempted sequence starts again
+    while it.has_work:
+        plan = it.plan()
+        assert plan is not None
+        first_seen += [number for number in ids(plan) if number not in first_seen]
+        for row in plan.rows:
+            if row.seq_id == 1 and row.start == 0 and plan.step > 1:
+                back = plan.step
+                assert 2 not in ids(plan)[: ids(plan).index(1)]
+        it.commit(answer(plan))
+    assert it.preemptions == 1 and back and first_seen == [0, 1, 2]
+
+
 def test_f70_a_preempted_sequence_can_be_aborted_and_can_stop() -> None:
     it, plan = crowded()
     assert it.abort(1) is not None and it.num_waiting == 0

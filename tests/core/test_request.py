@@ -35,12 +35,12 @@ def test_f01_a_request_is_immutable_and_copies_its_prompt() -> None:
 
 def test_f01_params_copy_their_collections() -> None:
     stop, ids, bias = ["a"], [1], {2: 0.5}
-    params = SamplingParams(stop=stop, stop_token_ids=ids, logit_bias=bias)  # type: ignore[arg-type]
+    params = SamplingParams(stop=stop, stop_token_ids=ids, logit_bias=bias)
     stop.append("b")
     ids.append(3)
     bias[4] = 1.0
     assert (params.stop, params.stop_token_ids, params.logit_bias) == (("a",), (1,), {2: 0.5})
-    assert SamplingParams(stop="end").stop == ("end",)  # type: ignore[arg-type]
+    assert SamplingParams(stop="end").stop == ("end",)
 
 
 @pytest.mark.parametrize("bad", [[1.5], ["1"], [True], [None], 7, [np.float32(1)]])

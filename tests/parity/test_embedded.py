@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import sys
 from collections.abc import Iterator
@@ -109,11 +110,9 @@ def test_f81_three_routes_give_the_same_tokens(llm: LLM) -> None:
     async def route() -> RequestOutput:
         engine = AsyncLLM.__new__(AsyncLLM)  # share the loaded model instead of loading it once more
         engine.llm, engine._running = llm, {}
-        last = None
-        async for last in engine.generate(prompt, params, request_id="r1"):
-            pass
-        assert last is not None
-        return last
+        outputs = [output async for output in engine.generate(prompt, params, request_id="r1")]
+        assert all(len(b.outputs[0].text) >= len(a.outputs[0].text) for a, b in itertools.pairwise(outputs))
+        return outputs[-1]
 
     cumulative = asyncio.run(route())
     for i in (0, 1):

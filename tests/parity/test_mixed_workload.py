@@ -1,4 +1,4 @@
-"""Many prompts on a small arena give what each gives alone, on every backend, and the backends agree with each other."""
+"""Many prompts on a small arena give what each gives alone, on every backend, and the backends agree."""
 
 from __future__ import annotations
 
