@@ -41,9 +41,7 @@ def tokenize(prompt: Any, tokenizer: Tokenizer | None) -> tuple[str | None, tupl
             )
     if isinstance(prompt, str):
         if tokenizer is None:
-            raise InvalidRequestError(
-                "prompt", "is text, but this model was loaded without a tokenizer; give token ids"
-            )
+            raise InvalidRequestError("prompt", "is text, but no tokenizer is loaded; give token ids")
         return prompt, tuple(tokenizer.encode(prompt))
     return None, _ids(prompt)
 

@@ -183,9 +183,6 @@ class AuditedBackend:
     def memory_addresses(self) -> list[int]:
         return self.inner.memory_addresses()
 
-    def memory_addresses(self) -> list[int]:
-        return []
-
     def close(self) -> None:
         self.closed = True
         self.inner.close()

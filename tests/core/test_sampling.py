@@ -183,6 +183,8 @@ def test_penalties_come_after_the_bias_and_before_the_temperature() -> None:
     spec = SampleSpec(logit_bias=((0, 2.0),), repetition_penalty=4.0, prompt_tokens=(0,))
     assert penalise(bias(f32(-1.0, 0.5), spec), spec).tolist() == [0.25, 0.5]
     assert draw(f32(-1.0, 0.5), spec, 0) == 1
+    # 1 / 2 = 0.5 > 0.25; penalised first it would be -2 + 2 = 0.
+    assert draw(f32(-1.0, 0.25), spec._replace(repetition_penalty=2.0), 0) == 0
     # A presence penalty of 2 at temperature 0.1 weighs 20 in the exponent; after the division it would weigh 2.
     spec = SampleSpec(temperature=0.1, presence_penalty=2.0, output_tokens=(0,))
     assert {draw(f32(1.0, 0.0), spec._replace(seed=s), 0) for s in range(300)} == {1}
