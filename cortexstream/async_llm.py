@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import TracebackType
@@ -73,6 +74,7 @@ class AsyncLLM:
             loop.call_soon_threadsafe(chunks.put_nowait, chunk)
 
         params = sampling_params or SamplingParams()
+        request_id = request_id or uuid.uuid4().hex
         generation = self.llm.submit(prompt, params, request_id=request_id, listener=listener)
         self._running[generation.request_id] = generation
         unfinished = params.n

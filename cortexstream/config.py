@@ -35,8 +35,9 @@ class EngineConfig:
             raise InvalidRequestError("backend", f"is {self.backend!r}; must be one of {', '.join(BACKENDS)}")
         if self.kv_layout not in (None, "run", "paged"):
             raise InvalidRequestError("kv_layout", f"is {self.kv_layout!r}; must be 'run' or 'paged'")
-        if self.memory_utilization is not None and not 0.0 < self.memory_utilization <= 1.0:
-            raise InvalidRequestError("memory_utilization", f"is {self.memory_utilization}; must be above 0, at most 1")
+        share = self.memory_utilization
+        if share is not None and (not isinstance(share, (int, float)) or not 0.0 < share <= 1.0):
+            raise InvalidRequestError("memory_utilization", f"is {share!r}; must be a number above 0, at most 1")
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "num_kv_blocks", "block_tokens"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

@@ -82,6 +82,8 @@ class Generation:
     def _sink(self, completion: Completion) -> Sink:
         def take(event: TokenEvent) -> bool:
             with self._lock:
+                if completion.finish_reason is not None:  # a listener that raised at the end is told once more
+                    return False
                 text, stopped = completion.take(event)
                 finish = completion.finish_reason
             tokens = () if event.token is None else (event.token,)

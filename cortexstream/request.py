@@ -16,6 +16,7 @@ MAX_N = 128
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_SEED = 2**64 - 1
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 1000.0  # beyond, float32 logits divided by it overflow or vanish
 
 
 class FinishReason(enum.StrEnum):
@@ -39,7 +40,7 @@ class SamplingParams:
     n: int = 1  # completions per prompt, 1..128
     max_tokens: int = 256  # at least 1
     min_tokens: int = 0  # end-of-sequence and stop tokens are banned before this many; at most max_tokens
-    temperature: float = 1.0  # at least 0; 0 takes the likeliest token, the lowest id among equals
+    temperature: float = 1.0  # 0, or 0.001..1000; 0 takes the likeliest token, the lowest id among equals
     top_p: float = 1.0  # (0, 1]
     top_k: int = 0  # 0 and -1 are off
     min_p: float = 0.0  # [0, 1]
@@ -57,8 +58,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "stop", (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop, str))
-        put(self, "stop_token_ids", _items("stop_token_ids", self.stop_token_ids, int))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        put(self, "stop", () if stop is None else _items("stop", stop, str))  # None is what vLLM's callers write
+        ids = self.stop_token_ids
+        put(self, "stop_token_ids", () if ids is None else _items("stop_token_ids", ids, int))
         if not isinstance(self.logit_bias, Mapping):
             raise InvalidRequestError("logit_bias", "must map token ids to numbers")
         put(self, "logit_bias", {_int("logit_bias", k): _float("logit_bias", v) for k, v in self.logit_bias.items()})
@@ -80,7 +83,9 @@ class SamplingParams:
         _in_range("max_tokens", self.max_tokens, 1, None)
         _in_range("min_tokens", self.min_tokens, 0, self.max_tokens, "max_tokens")
         _in_range("top_k", self.top_k, 0, None)
-        _in_range("temperature", self.temperature, 0.0, None)
+        if self.temperature != 0.0 and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
+            limits = f"0 (greedy), or {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g}"
+            raise InvalidRequestError("temperature", f"is {self.temperature}; must be {limits}")
         _in_range("min_p", self.min_p, 0.0, 1.0)
         _in_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _in_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)

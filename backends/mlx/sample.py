@@ -121,5 +121,6 @@ def _keep(z: mx.array, specs: Sequence[SampleSpec]) -> mx.array:
         # Rounding may lift the sum of all above 1; a row with top-p off keeps everything whatever the sum.
         share = _column([spec.top_p if spec.top_p < 1.0 else np.inf for spec in specs])
         kept = mx.sum(mx.cumsum(p, axis=-1) - p < share, axis=-1, keepdims=True)
-        threshold = mx.maximum(threshold, mx.take_along_axis(descending, kept - 1, axis=-1))
+        crossing = mx.maximum(kept - 1, 0)  # a top-p that rounds to 0 still keeps the likeliest
+        threshold = mx.maximum(threshold, mx.take_along_axis(descending, crossing, axis=-1))
     return mx.where(z >= threshold, z, -mx.inf)

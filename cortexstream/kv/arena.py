@@ -35,7 +35,8 @@ class ArenaStats:
 
 
 class KVArena:
-    """Admit, grow and release sequences over a fixed number of blocks. Every method takes one lock.
+    """Admit, grow and release sequences over a fixed number of blocks. Thread-safe: whatever changes it, or reads more
+    than one number of it, takes one lock.
 
     placement "paged": a sequence owns any blocks. placement "run": it owns adjacent blocks, as many as its capacity
     class has; when holes are too small the arena moves sequences together. Both admit a sequence if and only if

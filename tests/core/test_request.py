@@ -94,7 +94,8 @@ def test_f04_valid_values(values: dict[str, Any]) -> None:
 
 
 INVALID: list[tuple[str, Any, str]] = [
-    ("temperature", -0.001, "-0.001; must be at least 0"),
+    ("temperature", -0.001, "-0.001; must be 0 (greedy), or 0.001 to 1000"),
+    ("temperature", 1e-4, "0.0001; must be 0"),
     ("temperature", math.nan, "nan; must be a finite number"),
     ("temperature", math.inf, "inf; must be a finite number"),
     ("temperature", "0.5", "'0.5'; must be a finite number"),
