@@ -33,8 +33,8 @@ class AsyncLLM:
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
     ) -> AsyncIterator[RequestOutput]:
-        """Everything so far, after every token."""
-        async for generation, _ in self._chunks(prompt, sampling_params, request_id):
+        """Everything so far, after every token, or after several when they come faster than they are taken."""
+        async for generation, _ in self._chunks(prompt, sampling_params, request_id, merge=True):
             yield generation.output()
 
     async def stream(
@@ -63,7 +63,7 @@ class AsyncLLM:
         await self.close()
 
     async def _chunks(
-        self, prompt: Prompt, sampling_params: SamplingParams | None, request_id: str | None
+        self, prompt: Prompt, sampling_params: SamplingParams | None, request_id: str | None, merge: bool = False
     ) -> AsyncIterator[tuple[Generation, StreamChunk]]:
         if request_id is not None and request_id in self._running:
             raise InvalidRequestError("request_id", f"{request_id!r} is in use by a request that is not finished")
@@ -82,6 +82,10 @@ class AsyncLLM:
             while unfinished:
                 chunk = await chunks.get()
                 unfinished -= chunk.finish_reason is not None
+                while merge and not chunks.empty():
+                    unfinished -= chunks.get_nowait().finish_reason is not None
+                if merge and unfinished and generation.done:
+                    continue  # the end is in the queue: what would be shown now has it already
                 yield generation, chunk
         finally:
             del self._running[generation.request_id]

@@ -81,7 +81,7 @@ class Ticket(Protocol):
 
 
 class Backend(Protocol):
-    """Eight members. `submit` may return before the device is done; `collect` waits.
+    """Nine members. `submit` may return before the device is done; `collect` waits.
 
     At most one further plan is submitted before the previous ticket is collected, and tickets are collected in order.
     Within a step every row writes its KV before any row reads. A token `PENDING` in a plan means what the row with the
@@ -105,6 +105,10 @@ class Backend(Protocol):
 
     def collect(self, ticket: Any) -> StepResult:
         """Wait for a ticket that this backend's `submit` gave out."""
+        ...
+
+    def reset(self) -> None:
+        """Forget every plan that was submitted and not collected, after a step failed; the KV memory stays."""
         ...
 
     def warmup(self, prompt_tokens: int, batch: int) -> WarmupReport:

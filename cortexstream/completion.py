@@ -71,7 +71,7 @@ class Completion:
             text = self._detokenizer.feed(event.token)
         if event.finish is not None:
             text += self._detokenizer.finish()
-        if self._stops is None:
+        if self._stops is None or len(self._tokens) <= self._sampling.min_tokens:
             return text, False
         text, matched = self._stops.feed(text)
         if matched is not None:

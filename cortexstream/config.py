@@ -9,6 +9,7 @@ from typing import Any, Literal
 from cortexstream.errors import InvalidRequestError
 
 BACKENDS = ("auto", "mlx", "cuda", "reference", "null")
+MAX_NUM_SEQS = 4096
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -27,7 +28,7 @@ class EngineConfig:
     num_kv_blocks: int | None = None  # overrides both
     block_tokens: int | None = None  # None: the backend's choice
     kv_layout: Literal["run", "paged"] | None = None  # None: the backend's choice
-    seed: int = 0  # where requests without a seed get theirs from
+    seed: int | None = 0  # where requests without a seed get theirs from; None: another one at every start
     revision: str | None = None  # of a Hugging Face id
 
     def __post_init__(self) -> None:
@@ -42,6 +43,11 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise InvalidRequestError(name, f"is {value!r}; must be a whole number of at least 1")
+        if self.max_num_seqs > MAX_NUM_SEQS:
+            raise InvalidRequestError("max_num_seqs", f"is {self.max_num_seqs}; must be at most {MAX_NUM_SEQS}")
+        seed = self.seed
+        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64):
+            raise InvalidRequestError("seed", f"is {seed!r}; must be None or a whole number, 0 to 2**64 - 1")
         if self.kv_cache_memory is not None:
             object.__setattr__(self, "kv_cache_memory", parse_bytes("kv_cache_memory", self.kv_cache_memory))
 

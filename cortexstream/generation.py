@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from cortexstream.completion import Completion
 from cortexstream.engine import EngineThread
 from cortexstream.engine.core import Sink
+from cortexstream.errors import EngineError
 from cortexstream.outputs import RequestOutput, StreamChunk
 from cortexstream.request import Request, SamplingParams
 from cortexstream.scheduler import TokenEvent
@@ -18,10 +19,10 @@ Listener = Callable[[StreamChunk], None]
 
 
 class Generation:
-    """All completions of one prompt. Made by `LLM.submit`; every method may be called from any thread.
+    """All completions of one prompt. Made by `LLM.submit`; any thread but the engine's may call its methods.
 
-    Iterating gives a StreamChunk per token and completion; leaving the loop early cancels. `listener`, if given, is
-    called with every chunk on the engine's thread and must not block; chunks then are not kept for iterating.
+    Iterating, once, gives a StreamChunk per token and completion; leaving the loop early cancels. `listener`, if given,
+    is called with every chunk on the engine's thread and must not block; chunks then are not kept for iterating.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Generation:
         self._listener = listener if listener is not None else self._chunks.put
         self._lock = threading.Lock()  # a snapshot must not see half a token
         self._unfinished = sampling.n
+        self._read = False
         self._done = threading.Event()
 
     def sinks(self) -> list[tuple[Request, Sink]]:
@@ -64,11 +66,21 @@ class Generation:
 
     def result(self, timeout_s: float | None = None) -> RequestOutput:
         """Wait for the end. Raises TimeoutError (the generation goes on) if it takes longer."""
+        self._engine.check_caller("result()")
         if not self._done.wait(timeout_s):
             raise TimeoutError(f"request {self.request_id} is not finished after {timeout_s} s")
         return self.output()
 
     def __iter__(self) -> Iterator[StreamChunk]:
+        """The chunks, once: raises EngineError if they were or are being read, or go to a listener."""
+        self._engine.check_caller("iterating")
+        with self._lock:
+            if self._listener != self._chunks.put or self._read:
+                raise EngineError("a Generation can be iterated once, and not at all when it has a listener")
+            self._read = True
+        return self._iterate()
+
+    def _iterate(self) -> Iterator[StreamChunk]:
         unfinished = len(self._completions)
         try:
             while unfinished:

@@ -125,6 +125,8 @@ class LLM:
 
         A conversation is a list of {"role": ..., "content": ...}; `template` goes to `render_chat`.
         """
+        if not messages:
+            raise InvalidRequestError("messages", "is empty; a conversation needs at least one message")
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         prompts = [{"prompt_token_ids": self.encode_chat(m, **template)} for m in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
@@ -137,14 +139,18 @@ class LLM:
         request_id: str | None = None,
         listener: Listener | None = None,
     ) -> Generation:
-        """Start one prompt and return at once; see `Generation` for waiting, reading and cancelling."""
-        generation = self._generation(prompt, sampling_params or SamplingParams(), request_id, listener)
+        """Start one prompt and return at once; see `Generation` for waiting, reading and cancelling.
+
+        `request_id` is a label for the outputs; nothing keeps two from being the same.
+        """
+        params = SamplingParams() if sampling_params is None else sampling_params
+        generation = self._generation(prompt, params, request_id, listener)
         self._engine.add(generation.sinks())
         return generation
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
         """The completion of one prompt, piece by piece; leaving the loop early cancels it."""
-        yield from self.submit(prompt, sampling_params)
+        return iter(self.submit(prompt, sampling_params))
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> str:
         """A conversation as the text that the model was trained on, ready for an answer."""
@@ -162,8 +168,8 @@ class LLM:
             ("prompt_tokens", prompt_tokens, longest),
             ("batch", rows, self.config.max_num_seqs),
         ):
-            if not 1 <= value <= limit:
-                raise InvalidRequestError(field, f"is {value}; must be 1 to {limit}")
+            if not isinstance(value, int) or not 1 <= value <= limit:
+                raise InvalidRequestError(field, f"is {value!r}; must be a whole number, 1 to {limit}")
 
         def run(core: Any) -> WarmupReport:
             if core.has_work:
@@ -206,6 +212,10 @@ class LLM:
     ) -> list[Generation]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
+        if not isinstance(params, Sequence):
+            raise InvalidRequestError(
+                "sampling_params", f"is {type(params).__name__}; must be SamplingParams or a list"
+            )
         if len(params) != len(prompts):
             raise InvalidRequestError("sampling_params", f"has {len(params)} items for {len(prompts)} prompts")
         generations = [self._generation(p, s, None, None) for p, s in zip(prompts, params, strict=True)]

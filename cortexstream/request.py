@@ -39,7 +39,7 @@ class SamplingParams:
 
     n: int = 1  # completions per prompt, 1..128
     max_tokens: int = 256  # at least 1
-    min_tokens: int = 0  # end-of-sequence and stop tokens are banned before this many; at most max_tokens
+    min_tokens: int = 0  # so many come before any end-of-sequence, stop token or stop string; at most max_tokens
     temperature: float = 1.0  # 0, or 0.001..1000; 0 takes the likeliest token, the lowest id among equals
     top_p: float = 1.0  # (0, 1]
     top_k: int = 0  # 0 and -1 are off
@@ -50,7 +50,7 @@ class SamplingParams:
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
-    repetition_penalty: float = 1.0  # (0, 10], over prompt and output
+    repetition_penalty: float = 1.0  # 0.01..10, over prompt and output
     presence_penalty: float = 0.0  # [-2, 2], over output
     frequency_penalty: float = 0.0  # [-2, 2], over output
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> [-100, 100]
@@ -91,10 +91,7 @@ class SamplingParams:
         _in_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if not 0.0 < self.top_p <= 1.0:
             raise InvalidRequestError("top_p", f"is {self.top_p}; must be above 0 and at most 1 (1 is off)")
-        if not 0.0 < self.repetition_penalty <= 10.0:
-            raise InvalidRequestError(
-                "repetition_penalty", f"is {self.repetition_penalty}; must be above 0, at most 10"
-            )
+        _in_range("repetition_penalty", self.repetition_penalty, 0.01, 10.0)
         if self.seed is not None:
             _in_range("seed", self.seed, 0, MAX_SEED)
         if self.logprobs is not None:

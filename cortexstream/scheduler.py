@@ -222,6 +222,12 @@ def check_request(request: Request, limits: Limits) -> None:
             "prompt",
             f"has {len(prompt)} tokens; with one token of output at most {limits.max_tokens - 1} fit ({limits.reason})",
         )
+    if len(prompt) + sampling.min_tokens > limits.max_tokens:
+        raise InvalidRequestError(
+            "min_tokens",
+            f"is {sampling.min_tokens}; after a prompt of {len(prompt)} tokens at most "
+            f"{limits.max_tokens - len(prompt)} fit ({limits.reason})",
+        )
     for name, ids in (
         ("prompt", prompt), ("stop_token_ids", sampling.stop_token_ids), ("logit_bias", sampling.logit_bias),
     ):  # fmt: skip

@@ -69,6 +69,9 @@ class InstantBackend:
     def warmup(self, prompt_tokens: int, batch: int) -> WarmupReport:
         return WarmupReport(())
 
+    def reset(self) -> None:
+        pass
+
     def memory_addresses(self) -> list[int]:
         return []
 

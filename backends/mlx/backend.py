@@ -30,6 +30,7 @@ log = logging.getLogger("cortexstream.backends.mlx")
 
 BLOCK_TOKENS = 16
 PROBE_TOLERANCE = 1e-3  # of the largest logit: separates a wrong mask or position from rounding in half precision
+PROBE_TOKENS = (3, 18)  # unlike lengths, neither a multiple of anything
 SELF_TEST_STEPS = 3
 
 
@@ -54,6 +55,9 @@ class MlxBackend:
             raise InvalidRequestError("dtype", f"is {options.dtype!r}; must be auto, {', '.join(models.DTYPES)}")
         if options.model is None:
             raise ModelLoadError("model: the mlx backend needs a folder")
+        unknown = sorted(set(options.extra) - {"group_attention"})
+        if unknown:
+            raise InvalidRequestError("backend_options", f"has {unknown[0]!r}; the mlx backend knows group_attention")
         metal = mx.metal.is_available()
         self._model, self.model, self._kv_dtype = models.load(Path(options.model), options.dtype)
         self._grouped = bool(options.extra.get("group_attention", metal))
@@ -84,6 +88,8 @@ class MlxBackend:
         return self._pool.nbytes
 
     def submit(self, plan: StepPlan) -> MlxTicket:
+        for row in plan.rows:
+            self._check(row)
         if plan.moves:
             self._wait()
             for move in plan.moves:
@@ -120,6 +126,10 @@ class MlxBackend:
                 results.append(_result(row, tokens[place], ticket.logprobs, place))
         return StepResult(ticket.step, tuple(results))
 
+    def reset(self) -> None:
+        self._wait()
+        self._drawn, self._drawn_rows = None, {}
+
     def warmup(self, prompt_tokens: int, batch: int) -> WarmupReport:
         """Compile and touch: a prompt chunk of `prompt_tokens`, then decode steps of 1, 2, 4 .. `batch` rows."""
         pool_blocks = self.pool.num_tokens // self.info.block_tokens
@@ -145,6 +155,16 @@ class MlxBackend:
         self._pool = self._drawn = self._model = None
         release_thread()
 
+    def _check(self, row: PlanRow) -> None:
+        """MLX writes wherever an index points, outside the pool too: refuse a row that does not fit its own run."""
+        capacity = len(row.kv.blocks) * self.info.block_tokens
+        last = (row.kv.blocks[0] * self.info.block_tokens + capacity) if row.kv.blocks else 0
+        if not row.kv.contiguous or not 0 < last <= self.pool.num_tokens or row.start + len(row.tokens) > capacity:
+            raise EngineError(
+                f"row of slot {row.slot}: positions {row.start} to {row.start + len(row.tokens) - 1} do not fit a run "
+                f"of {capacity} tokens inside the pool's {self.pool.num_tokens}"
+            )
+
     def _prefill(self, row: PlanRow, tokens: tuple[int, ...]) -> None:
         """Write the KV of a prompt chunk. Its logits are never computed: MLX evaluates only what is asked for."""
         chunk = Chunk(self.pool, Span.of(row.kv, self.info.block_tokens), row.start, len(tokens))
@@ -159,7 +179,7 @@ class MlxBackend:
         tokens = self._input_tokens(rows)
         logits = self._forward(self.pool, rows, positions, tokens).astype(mx.float32)
         drawn = sample(logits, specs, [p + 1 for p in positions], pending)
-        usable = mx.isfinite(mx.max(_bannable(logits, specs), axis=-1)) & ~mx.any(mx.isnan(logits), axis=-1)
+        usable = mx.isfinite(mx.max(_bannable(logits, specs), axis=-1))  # a NaN is the maximum of its row
         wants = any(spec.logprobs is not None for spec in specs)
         logprobs = log_softmax(logits) if wants else None
         broken = ~usable
@@ -170,13 +190,27 @@ class MlxBackend:
     def _forward(self, pool: RowPool, rows: list[PlanRow], positions: list[int], tokens: mx.array) -> mx.array:
         """Logits [rows, vocabulary] of one token per row, by the fastest way that this model has proved to allow."""
         spans = [Span.of(row.kv, self.info.block_tokens) for row in rows]
-        if len(rows) == 1 or self._mode == "single":
-            singles = [Chunk(pool, s, p, 1) for s, p in zip(spans, positions, strict=True)]
-            logits = [self._model(tokens[i : i + 1, None], cache=c.caches()) for i, c in enumerate(singles)]
-            return mx.concatenate(logits)[:, -1]
+        if len(rows) == 1:
+            only: mx.array = self._model(tokens[:, None], cache=Chunk(pool, spans[0], positions[0], 1).caches())[:, -1]
+            return only
+        if self._mode == "single":
+            return self._one_by_one(pool, spans, positions, tokens)
         batch = Batch(pool, spans, positions, self._mode == "ragged", self._grouped)
         result: mx.array = self._model(tokens[:, None], cache=batch.caches())[:, -1]
         return result
+
+    def _one_by_one(self, pool: RowPool, spans: list[Span], positions: list[int], tokens: mx.array) -> mx.array:
+        """A forward pass per row, each finished before the next writes: two writes with a read between, in one
+        evaluation, would copy the pools."""
+        logits = []
+        for row, (span, position) in enumerate(zip(spans, positions, strict=True)):
+            self._wait()
+            logits.append(
+                self._model(tokens[row : row + 1, None], cache=Chunk(pool, span, position, 1).caches())[:, -1]
+            )
+            mx.async_eval(logits[-1], *pool.keys, *pool.values)
+            mx.synchronize()
+        return mx.concatenate(logits)
 
     def _input_tokens(self, rows: list[PlanRow]) -> mx.array:
         """int32 [rows]: what each row feeds; a pending token is read from the draws of the last plan, on the device."""
@@ -217,8 +251,11 @@ class MlxBackend:
 
         The first way that gives the single rows' logits is kept: separate views, padded copies, or one row at a time.
         """
-        tokens = self.info.block_tokens
-        rows = [PlanRow(i, i, (1,), n, KVRows((2 * i, 2 * i + 1), True), None) for i, n in enumerate((3, tokens + 2))]
+        blocks = -(-(max(PROBE_TOKENS) + 1) // self.info.block_tokens)
+        rows = [
+            PlanRow(i, i, (1,), length, KVRows(tuple(range(i * blocks, (i + 1) * blocks)), True), None)
+            for i, length in enumerate(PROBE_TOKENS)
+        ]
         vocab = self.model.vocab_size
         wanted = self._mode
         for mode in ("single", *(["ragged"] if wanted == "ragged" else []), "gathered"):
@@ -244,7 +281,8 @@ class MlxBackend:
             self.info = replace(self.info, notes=(*self.info.notes, note))
 
     def _probe_logits(self, rows: list[PlanRow], vocab: int) -> mx.array:
-        pool = RowPool(self.model.layers, 4, self.info.block_tokens, self._kv_dtype)
+        blocks = sum(len(row.kv.blocks) for row in rows)
+        pool = RowPool(self.model.layers, blocks, self.info.block_tokens, self._kv_dtype)
         for row in rows:
             chunk = Chunk(pool, Span.of(row.kv, self.info.block_tokens), 0, row.start)
             self._model(mx.array([[(7 * i + 3) % vocab for i in range(row.start)]]), cache=chunk.caches())
@@ -256,8 +294,12 @@ class MlxBackend:
     def _self_test(self, num_blocks: int) -> None:
         """Do the pools stay where they are over a few overlapping steps? If not, overlap costs a copy of every pool."""
         before = self.pool.addresses()
-        for step in range(SELF_TEST_STEPS):
-            rows = [self._warm_row(i, 1, (PENDING if step else 0,), step) for i in range(min(2, num_blocks))]
+        each = -(-SELF_TEST_STEPS // self.info.block_tokens)
+        for step in range(min(SELF_TEST_STEPS, self.pool.num_tokens)):
+            rows = [
+                self._warm_row(i, min(each, num_blocks), (PENDING if step else 0,), step)
+                for i in range(min(2, max(1, num_blocks // each)))
+            ]
             self.submit(StepPlan(step, tuple(rows)))
         self._wait()
         self._drawn, self._drawn_rows = None, {}

@@ -72,6 +72,11 @@ def describe(
     windows = [c.max_size if type(c) is RotatingKVCache else None for c in caches]
     if architecture in WINDOWS_IGNORED and not any(windows):
         windows = list(windows_of(config))
+        if len(set(windows)) > 1:  # mlx-lm makes one mask for all layers of these families
+            raise ModelLoadError(
+                f"{name}/config.json: this {architecture} model has a sliding window in some layers only, which mlx-lm "
+                "does not compute; the reference backend does"
+            )
     layers = tuple(
         LayerKV(c.keys.shape[1], c.keys.shape[3], c.values.shape[3], window)
         for c, window in zip(caches, windows, strict=True)

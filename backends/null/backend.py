@@ -88,6 +88,9 @@ class NullBackend:
         self._last_collected = ticket.step
         return ticket.result
 
+    def reset(self) -> None:
+        self._drawn = {}
+
     def warmup(self, prompt_tokens: int, batch: int) -> WarmupReport:
         return WarmupReport(())
 

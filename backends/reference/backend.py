@@ -143,6 +143,10 @@ class ReferenceBackend:
             steps.append((name, time.perf_counter() - began_s))
         return WarmupReport(tuple(steps))
 
+    def reset(self) -> None:
+        self._in_flight.clear()
+        self._drawn = {}
+
     def memory_addresses(self) -> list[int]:
         return []  # numpy writes in place, always
 

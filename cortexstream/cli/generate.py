@@ -114,7 +114,7 @@ def read_prompts(arguments: list[str]) -> list[str]:
 
 def _lines_of_input() -> list[str]:
     try:
-        lines = [line.removesuffix("\n") for line in sys.stdin]
+        lines = [line.rstrip("\r\n") for line in sys.stdin]
     except UnicodeDecodeError as error:
         raise InvalidRequestError("prompt", f"standard input is not valid {error.encoding}: {error.reason}") from error
     return [line for line in lines if line.strip()]

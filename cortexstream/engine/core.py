@@ -9,9 +9,9 @@ from time import perf_counter
 from cortexstream.backend import Backend, Ticket
 from cortexstream.config import EngineConfig
 from cortexstream.engine.stats import EngineStats
-from cortexstream.errors import EngineError, OutOfMemoryBudgetError
+from cortexstream.errors import EngineError, ModelLoadError, OutOfMemoryBudgetError
 from cortexstream.kv import KVArena
-from cortexstream.plan import StepPlan
+from cortexstream.plan import PENDING, StepPlan
 from cortexstream.request import FinishReason, Request
 from cortexstream.scheduler import Limits, Scheduler, TokenEvent
 
@@ -31,6 +31,12 @@ class EngineCore:
 
     def __init__(self, backend: Backend, config: EngineConfig) -> None:
         self.backend = backend
+        foreign = [token for token in backend.model.eos_token_ids if not 0 <= token < backend.model.vocab_size]
+        if foreign:
+            raise ModelLoadError(
+                f"eos_token_id {foreign[0]} is outside the vocabulary, 0 to {backend.model.vocab_size - 1}; "
+                "mend generation_config.json or config.json"
+            )
         num_blocks = kv_blocks(backend, config)
         self.kv_bytes = backend.allocate_kv(num_blocks)
         self.arena = KVArena(num_blocks, backend.info.block_tokens, backend.info.kv_layout)
@@ -75,7 +81,8 @@ class EngineCore:
             # The device's state is unknown: nothing in flight can be trusted, but the next request can be served.
             log.exception("a step failed; every running request ends with an error")
             self._ticket = None
-            self._deliver(self.scheduler.abort_all(f"the step failed on the device: {error}"))
+            self._deliver(self.scheduler.abort_all(f"the step failed: {error}"))
+            self.backend.reset()
         self._host_s += perf_counter() - started - in_backend
         self._backend_s += in_backend
 
@@ -112,8 +119,8 @@ class EngineCore:
     def _count(self, plan: StepPlan) -> None:
         self._steps += 1
         for row in plan.rows:
-            if row.sample is None or len(row.tokens) > 1:
-                self._prompt_tokens += len(row.tokens)
+            if row.tokens[0] != PENDING and (sequence := self.scheduler.get(row.seq_id)) is not None:
+                self._prompt_tokens += max(0, min(row.start + len(row.tokens), sequence.num_prompt) - row.start)
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         for event in events:
@@ -125,7 +132,7 @@ class EngineCore:
             stop, finish = False, event.finish
             try:
                 stop = sink(event)
-            except Exception as error:
+            except BaseException as error:  # SystemExit too: it would end this thread, and everybody's requests with it
                 log.exception("the receiver of request %d raised; the request ends", event.request_id)
                 if finish is None and event.request_id in self._sinks:
                     self.scheduler.abort(event.request_id, FinishReason.ERROR)
@@ -143,7 +150,7 @@ class EngineCore:
         """Tell a receiver that raised that its request has ended, so that nobody waits for it for ever."""
         try:
             sink(TokenEvent(request_id, None, None, (), FinishReason.ERROR, error))
-        except Exception:
+        except BaseException:
             log.exception("the receiver of request %d raised again at its end", request_id)
 
 
@@ -175,8 +182,8 @@ def limits_of(backend: Backend, config: EngineConfig, capacity_tokens: int) -> L
     reason = f"the model's context is {longest} tokens"
     if config.max_model_len is not None and config.max_model_len < longest:
         longest, reason = config.max_model_len, f"max_model_len is {config.max_model_len}"
-    if capacity_tokens < longest:
-        longest, reason = capacity_tokens, f"the KV arena holds {capacity_tokens} tokens; raise kv_cache_memory"
+    if capacity_tokens + 1 < longest:  # the last token of a sequence never needs KV
+        longest, reason = capacity_tokens + 1, f"the KV arena holds {capacity_tokens} tokens; raise kv_cache_memory"
     return Limits(
         model.vocab_size, longest, reason, model.eos_token_ids, config.max_num_seqs, config.max_num_batched_tokens
     )

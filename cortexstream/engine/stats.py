@@ -12,7 +12,7 @@ class EngineStats:
     """Counters since the start, and the arena as it is now."""
 
     steps: int
-    prompt_tokens: int  # computed in prefill, recomputation after preemption included
+    prompt_tokens: int  # of prompts, counted again when computed again after a preemption
     output_tokens: int
     requests_finished: int  # by any reason
     requests_failed: int  # of those, by an error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import queue
+import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -34,13 +35,19 @@ class EngineThread:
     def __init__(self, load: Callable[[], Backend], config: EngineConfig) -> None:
         self.config = config
         self._ids = itertools.count()
+        self._seed = secrets.randbits(64) if config.seed is None else config.seed
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closing = False
         self._lock = threading.Lock()
         ready: Future[EngineCore] = Future()
         self._thread = threading.Thread(target=self._main, args=(load, ready), name="cortexstream-engine", daemon=True)
         self._thread.start()
-        core = ready.result()
+        try:
+            core = ready.result()
+        except BaseException:  # loading failed, or the wait for it was interrupted: the thread ends once it has loaded
+            self._closing = True
+            self._calls.put(lambda: None)
+            raise
         self.info, self.model, self.limits, self.kv_bytes = (
             core.backend.info,
             core.backend.model,
@@ -53,7 +60,7 @@ class EngineThread:
         number = next(self._ids)
         seed = sampling.seed
         if seed is None:
-            seed = (self.config.seed * SPLITMIX + (number + 1) * 0xD1B54A32D192ED03) & (2**64 - 1)
+            seed = (self._seed * SPLITMIX + (number + 1) * 0xD1B54A32D192ED03) & (2**64 - 1)
         request = Request(number, prompt_token_ids, sampling, seed, index)
         check_request(request, self.limits)
         return request
@@ -76,8 +83,7 @@ class EngineThread:
 
     def call(self, function: Callable[[EngineCore], T]) -> T:
         """Run a function on the engine's thread between two steps, and return what it returns."""
-        if threading.current_thread() is self._thread:
-            raise EngineError("call() from the engine's own thread would wait for itself")
+        self.check_caller("call()")
         result: Future[T] = Future()
 
         def run(core: EngineCore) -> None:
@@ -88,6 +94,11 @@ class EngineThread:
 
         self._post(run)
         return result.result()
+
+    def check_caller(self, what: str) -> None:
+        """Raise EngineError if this is the engine's own thread, which would wait for itself."""
+        if threading.current_thread() is self._thread:
+            raise EngineError(f"{what} on the engine's own thread, from a listener, would wait for itself for ever")
 
     def close(self) -> None:
         """Stop after the current step; running requests end with an error. Idempotent; waits for the thread."""
@@ -107,9 +118,13 @@ class EngineThread:
             self._calls.put(lambda: function(self._core))
 
     def _main(self, load: Callable[[], Backend], ready: Future[EngineCore]) -> None:
+        backend: Backend | None = None
         try:
-            self._core = EngineCore(load(), self.config)
+            backend = load()
+            self._core = EngineCore(backend, self.config)
         except BaseException as error:
+            if backend is not None:
+                backend.close()
             ready.set_exception(error)
             return
         ready.set_result(self._core)
@@ -124,10 +139,10 @@ class EngineThread:
                     self._core.check()
                     checked = monotonic()
                 self._run_calls(wait=True)
-        except Exception:
+            self._shut_down("the engine was closed")
+        except Exception as error:
             log.exception("the engine stops: its bookkeeping is broken")
-        finally:
-            self._shut_down()
+            self._shut_down(f"the engine stopped, because its bookkeeping is broken: {error}")
 
     def _run_calls(self, wait: bool) -> None:
         while True:
@@ -138,9 +153,11 @@ class EngineThread:
             call()
             wait = False
 
-    def _shut_down(self) -> None:
+    def _shut_down(self, reason: str) -> None:
         with self._lock:
             self._closing = True
         self._run_calls(wait=False)  # what was posted before the door closed still gets an answer
-        self._core.fail_all("the engine was closed")
-        self._core.close()
+        try:
+            self._core.fail_all(reason)
+        finally:
+            self._core.close()

@@ -23,6 +23,8 @@ def resolve_model(model: str | Path | None, revision: str | None = None) -> Path
     """
     if model is None:
         return tiny_folder()
+    if not isinstance(model, (str, Path)):
+        raise ModelLoadError(f"model: is {model!r}; give a folder or a Hugging Face id")
     path = Path(model).expanduser()
     if path.is_dir():
         return path

@@ -180,6 +180,10 @@ class AuditedBackend:
     def warmup(self, prompt_tokens: int, batch: int) -> WarmupReport:
         return self.inner.warmup(prompt_tokens, batch)
 
+    def reset(self) -> None:
+        self.inner.reset()
+        self._drew = {}
+
     def memory_addresses(self) -> list[int]:
         return self.inner.memory_addresses()
 

@@ -52,5 +52,5 @@ def test_the_longest_sequence_is_the_smallest_of_three_limits() -> None:
     assert limit(50, None) == (100, "the model's context is 100 tokens")
     assert limit(50, 60) == (60, "max_model_len is 60")
     assert limit(50, 100) == (100, "the model's context is 100 tokens")
-    assert limit(10, 60) == (40, "the KV arena holds 40 tokens; raise kv_cache_memory")
-    assert limit(10, None)[0] == 40
+    assert limit(10, 60) == (41, "the KV arena holds 40 tokens; raise kv_cache_memory")
+    assert limit(10, None)[0] == 41  # the last token needs no KV

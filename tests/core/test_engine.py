@@ -27,7 +27,7 @@ def random_request(rng: random.Random, number: int, longest: int) -> Request:
     max_tokens = rng.randint(1, rng.choice((4, 25)))
     return request(
         number, prompt, index=rng.randrange(3), seed=rng.getrandbits(64), max_tokens=max_tokens,
-        min_tokens=rng.randint(0, max_tokens), temperature=rng.choice((0.0, 1.0)),
+        min_tokens=rng.randint(0, min(max_tokens, longest - len(prompt))), temperature=rng.choice((0.0, 1.0)),
         stop_token_ids=tuple(rng.sample(range(VOCAB), rng.choice((0, 0, 3, 12)))), ignore_eos=rng.random() < 0.3,
     )  # fmt: skip
 
@@ -169,7 +169,7 @@ def test_a_failing_step_ends_what_runs_and_nothing_else(layout: str, call: str, 
     assert failures and core.arena.used_blocks == 0
     for number, sink in enumerate(sinks):
         assert sink.finish is FinishReason.ERROR
-        assert sink.error == "the step failed on the device: the device fell over"
+        assert sink.error == "the step failed: the device fell over"
         want = dense(request(number, [number] * 5, max_tokens=20), VOCAB, 40)
         assert sink.tokens == want[: len(sink.tokens)]
     later = [request(number, [number + 1] * 7, max_tokens=9) for number in range(4)]  # numbers may come again
@@ -327,8 +327,8 @@ def test_fail_all_and_close() -> None:
 
 def test_refused_requests_leave_nothing() -> None:
     core, _ = engine(num_blocks=4, block_tokens=4)
-    with pytest.raises(InvalidRequestError, match=r"has 16 tokens; .* at most 15 fit \(the KV arena holds 16 tokens"):
-        core.add(request(0, 16), Receiver())
+    with pytest.raises(InvalidRequestError, match=r"has 17 tokens; .* at most 16 fit \(the KV arena holds 16 tokens"):
+        core.add(request(0, 17), Receiver())
     sink = Receiver()
     core.add(request(1, 3, max_tokens=1), sink)
     with pytest.raises(InvalidRequestError, match="request_id: 1 is in use"):

@@ -27,7 +27,7 @@ def random_spec(rng: random.Random, vocab: int) -> SampleSpec:
         presence_penalty=rng.choice([0.0, 0.6]) if penalised else 0.0,
         frequency_penalty=rng.choice([0.0, -0.4]) if penalised else 0.0,
         prompt_tokens=tuple(rng.randrange(vocab) for _ in range(9)) if penalised else (),
-        output_tokens=tuple(rng.randrange(vocab) for _ in range(7)) if penalised else (),
+        output_tokens=tuple(rng.randrange(min(vocab, 4)) for _ in range(7)) if penalised else (),  # with repeats
         logit_bias=tuple((rng.randrange(vocab), rng.uniform(-5, 5)) for _ in range(rng.choice([0, 0, 2]))),
         banned=tuple({rng.randrange(vocab) for _ in range(rng.choice([0, 0, 3]))}),
     )  # fmt: skip

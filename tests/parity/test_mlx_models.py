@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -145,3 +146,73 @@ def test_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
     (folder / "config.json").write_text(config)
     with pytest.raises(ModelLoadError, match="no_such_model"):
         module.create(BackendOptions(str(folder)))
+
+
+def answers(folder: Path, backend: str, prompts: list[list[int]]) -> list[Any]:
+    from cortexstream import LLM
+
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=0)
+    with LLM(folder, backend=backend, skip_tokenizer_init=True, num_kv_blocks=60, max_num_batched_tokens=CHUNK) as llm:
+        return [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "mistral with a window": {"model_type": "mistral", "sliding_window": 10},
+    "rope_parameters with a theta": {
+        "rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 77.0},
+    },
+    "rope_parameters, linear": {
+        "rope_theta": None, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+    },
+    "rope_parameters, llama3": {
+        "rope_theta": None,
+        "rope_parameters": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "rope_theta": 10000.0, "original_max_position_embeddings": 32,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_settings_that_mlx_lm_alone_would_ignore(case: str, tmp_path: Path) -> None:
+    """The reference backend is the judge; the last line shows that the setting matters to the tokens."""
+    folder = write_model(tmp_path / "changed", "llama", {}, scale=0.3)
+    plain = write_model(tmp_path / "plain", "llama", {}, scale=0.3)
+    config = json.loads((folder / "config.json").read_text()) | CHANGES[case]
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    rng = random.Random(4)
+    prompts = [[rng.randrange(200) for _ in range(n)] for n in (60, 45, 7)]
+    for a, b in zip(answers(folder, "mlx", prompts), answers(folder, "reference", prompts), strict=True):
+        assert a.token_ids == b.token_ids and abs(a.cumulative_logprob - b.cumulative_logprob) < 1e-3
+    assert [a.token_ids for a in answers(plain, "mlx", prompts)] != [
+        a.token_ids for a in answers(folder, "mlx", prompts)
+    ]
+
+
+def test_windows_in_some_layers_only_are_refused(tmp_path: Path) -> None:
+    from cortexstream.backends import mlx as module
+
+    extra = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    folder = write_model(tmp_path, "qwen2", {})
+    config = json.loads((folder / "config.json").read_text()) | extra
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelLoadError, match="qwen2 model has a sliding window in some layers only"):
+        module.create(BackendOptions(str(folder)))
+
+
+def test_one_row_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last fallback: no batched decode at all. Right logits, a note, and no pool copied (asserted in run)."""
+    from cortexstream.backends.mlx import backend as module
+    from cortexstream.backends.mlx.attention import RaggedNotPossible
+
+    def impossible(*_: Any) -> None:
+        raise RaggedNotPossible("not today")
+
+    monkeypatch.setattr(module, "Batch", impossible)
+    folder = write_model(tmp_path, "llama", {})
+    tokens, logits, backend = run(folder, group=False)
+    assert "one row at a time" in backend.info.notes[0]
+    for number, prompt in enumerate(PROMPTS):
+        for step, expected in enumerate(plain_logits(folder, tokens[number], prompt)):
+            assert np.abs(logits[number, prompt - 1 + step] - expected).max() < 1e-5
