@@ -94,7 +94,7 @@ def test_stats_go_to_standard_error(model: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--temperature", "-1"], 2, ["temperature", "-1", "at least 0"]),
+        (["--temperature", "-1"], 2, ["temperature", "-1", "0.001 to 1000"]),
         (["--max-tokens", "0"], 2, ["max_tokens"]),
         (["--kv-cache-memory", "lots"], 2, ["kv_cache_memory", "lots", "4GiB"]),
         (["--max-model-len", "3"], 2, ["prompt", "max_model_len is 3"]),

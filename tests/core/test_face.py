@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from cortexstream.async_llm import AsyncLLM
-from cortexstream.engine import EngineStats
+from cortexstream.engine import EngineCore, EngineStats
 from cortexstream.errors import EngineError, InvalidRequestError, OutOfMemoryBudgetError
 from cortexstream.llm import LLM
 from cortexstream.outputs import RequestOutput, StreamChunk
+from cortexstream.plan import StepPlan
 from cortexstream.prompts import Prompt
 from cortexstream.request import SamplingParams
 from tests.core.support import dense, request
@@ -342,9 +343,21 @@ def test_reports(llm: LLM) -> None:
     assert llm.warmup().steps == ()
 
 
+def slow_down(core: EngineCore) -> None:
+    """2 ms a step: a request of 1,500 tokens cannot end before a busy machine gets round to cancelling it."""
+    right = core.backend.submit
+
+    def slow(plan: StepPlan) -> Any:
+        time.sleep(0.002)
+        return right(plan)
+
+    core.backend.submit = slow  # type: ignore[method-assign]
+
+
 def test_f81_async_cancelling_and_aborting() -> None:
     async def everything() -> None:
         async with AsyncLLM(**OPTIONS) as engine:
+            await asyncio.to_thread(engine.llm._engine.call, slow_down)
             stream = engine.stream([1, 2], greedy(1500), request_id="a")
             first = await anext(stream)
             assert first.request_id == "a" and first.token_ids == alone([1, 2], greedy(1))
