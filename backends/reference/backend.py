@@ -85,6 +85,7 @@ class ReferenceBackend:
             block_tokens=options.block_tokens or BLOCK_TOKENS,
             memory_bytes=host_memory_bytes(),
             dtype="float32",
+            memory_share=0.25,  # the host has other work, too
         )
         self._settings = settings
         self._pool: KVPool | None = None
