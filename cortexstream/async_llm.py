@@ -34,8 +34,8 @@ class AsyncLLM:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
     ) -> AsyncIterator[RequestOutput]:
         """Everything so far, after every token, or after several when they come faster than they are taken."""
-        async for generation, _ in self._chunks(prompt, sampling_params, request_id, merge=True):
-            yield generation.output()
+        async for output, _ in self._chunks(prompt, sampling_params, request_id, merge=True):
+            yield output
 
     async def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
@@ -64,7 +64,7 @@ class AsyncLLM:
 
     async def _chunks(
         self, prompt: Prompt, sampling_params: SamplingParams | None, request_id: str | None, merge: bool = False
-    ) -> AsyncIterator[tuple[Generation, StreamChunk]]:
+    ) -> AsyncIterator[tuple[RequestOutput, StreamChunk]]:
         if request_id is not None and request_id in self._running:
             raise InvalidRequestError("request_id", f"{request_id!r} is in use by a request that is not finished")
         loop = asyncio.get_running_loop()
@@ -84,9 +84,10 @@ class AsyncLLM:
                 unfinished -= chunk.finish_reason is not None
                 while merge and not chunks.empty():
                     unfinished -= chunks.get_nowait().finish_reason is not None
-                if merge and unfinished and generation.done:
-                    continue  # the end is in the queue: what would be shown now has it already
-                yield generation, chunk
+                output = generation.output()
+                if merge and unfinished and output.finished:
+                    continue  # the end is on its way through the queue, and is shown once: then
+                yield output, chunk
         finally:
             del self._running[generation.request_id]
             if unfinished:

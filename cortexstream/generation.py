@@ -99,11 +99,13 @@ class Generation:
                 text, stopped = completion.take(event)
                 finish = completion.finish_reason
             tokens = () if event.token is None else (event.token,)
-            if finish is not None:
-                self._unfinished -= 1
-                if not self._unfinished:
-                    self._done.set()
-            self._listener(StreamChunk(self.request_id, completion.index, text, tokens, finish))
+            try:
+                self._listener(StreamChunk(self.request_id, completion.index, text, tokens, finish))
+            finally:  # whoever waits for the end finds that the listener has had it
+                if finish is not None:
+                    self._unfinished -= 1
+                    if not self._unfinished:
+                        self._done.set()
             return stopped
 
         return take

@@ -150,6 +150,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
         """The completion of one prompt, piece by piece; leaving the loop early cancels it."""
+        self._engine.check_caller("stream()")
         return iter(self.submit(prompt, sampling_params))
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> str:
@@ -160,10 +161,11 @@ class LLM:
         """`render_chat` as token ids; the template writes the special tokens, so none are added."""
         return self._need_tokenizer("chat").encode(self.render_chat(messages, **template), add_special_tokens=False)
 
-    def warmup(self, prompt_tokens: int = 64, batch: int | None = None) -> WarmupReport:
+    def warmup(self, prompt_tokens: int | None = None, batch: int | None = None) -> WarmupReport:
         """Pay now for what the first request would pay: compilation, first touches. Needs an idle engine."""
         rows = self.config.max_num_seqs if batch is None else batch
-        longest = self.limits.max_tokens - 1
+        longest = max(1, self.limits.max_tokens - 3)  # with room for a few steps
+        prompt_tokens = min(64, longest) if prompt_tokens is None else prompt_tokens
         for field, value, limit in (
             ("prompt_tokens", prompt_tokens, longest),
             ("batch", rows, self.config.max_num_seqs),

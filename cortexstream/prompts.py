@@ -19,6 +19,8 @@ def as_list(prompts: Any) -> list[Any]:
     """One prompt or several: a string, a mapping and a list of numbers are one; anything else is a list of prompts."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
+    if hasattr(prompts, "tolist"):  # an array of token ids, or a row of them per prompt
+        prompts = prompts.tolist()
     if not isinstance(prompts, Sequence):
         raise InvalidRequestError(
             "prompt", f"is of type {type(prompts).__name__}; give text, token ids or a list of them"
@@ -35,7 +37,7 @@ def tokenize(prompt: Any, tokenizer: Tokenizer | None) -> tuple[str | None, tupl
         if unknown or not prompt:
             raise InvalidRequestError("prompt", f"has keys {unknown}; known are prompt, prompt_token_ids")
         text = prompt.get("prompt")
-        if "prompt_token_ids" in prompt:
+        if prompt.get("prompt_token_ids") is not None:
             if text is not None and not isinstance(text, str):
                 raise InvalidRequestError("prompt", f"is {text!r} beside prompt_token_ids; must be text")
             return text, _ids(prompt["prompt_token_ids"])

@@ -91,11 +91,22 @@ class Scheduler:
         self._finish(sequence, reason)
         return TokenEvent(request_id, None, None, (), reason)
 
+    def abort_running(self, error: str) -> list[TokenEvent]:
+        """After a failed step: end what has KV or a token on its way, forget the plans in flight, keep the queue.
+
+        When nothing of the kind is there, the fault is not the device's, and every request ends.
+        """
+        touched = [s for s in self._by_id.values() if s.handle is not None or s.draws_pending]
+        return self._abort(touched, error) if touched else self.abort_all(error)
+
     def abort_all(self, error: str) -> list[TokenEvent]:
-        """End every request with an error and forget the plans in flight: the device is in an unknown state."""
+        """End every request with an error and forget the plans in flight."""
+        return self._abort(list(self._by_id.values()), error)
+
+    def _abort(self, sequences: list[Sequence], error: str) -> list[TokenEvent]:
         self._in_flight.clear()
         events = []
-        for sequence in list(self._by_id.values()):
+        for sequence in sequences:
             self._finish(sequence, FinishReason.ERROR)
             events.append(TokenEvent(sequence.request.id, None, None, (), FinishReason.ERROR, error))
         self.arena.take_moves()

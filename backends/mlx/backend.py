@@ -23,7 +23,7 @@ from cortexstream.backends.mlx.attention import RaggedNotPossible, teach
 from cortexstream.backends.mlx.cache import Batch, Chunk
 from cortexstream.backends.mlx.pool import RowPool, Span
 from cortexstream.backends.mlx.sample import log_softmax, sample
-from cortexstream.errors import EngineError, InvalidRequestError, ModelLoadError
+from cortexstream.errors import EngineError, InvalidRequestError, ModelLoadError, OutOfMemoryBudgetError
 from cortexstream.plan import PENDING, KVRows, PlanRow, RowResult, SampleSpec, StepPlan, StepResult
 
 log = logging.getLogger("cortexstream.backends.mlx")
@@ -83,6 +83,7 @@ class MlxBackend:
         return self._pool
 
     def allocate_kv(self, num_blocks: int) -> int:
+        self._check_size(num_blocks)
         self._pool = RowPool(self.model.layers, num_blocks, self.info.block_tokens, self._kv_dtype)
         self._self_test(num_blocks)
         return self._pool.nbytes
@@ -127,8 +128,17 @@ class MlxBackend:
         return StepResult(ticket.step, tuple(results))
 
     def reset(self) -> None:
-        self._wait()
+        """Forget the plans in flight. Pools that wait for a computation that cannot be done are made anew, empty."""
         self._drawn, self._drawn_rows = None, {}
+        try:
+            self._wait()
+            mx.eval(self.pool.keys, self.pool.values)
+            mx.synchronize()
+        except Exception as error:
+            log.warning("the KV pools cannot be computed any more (%s); they are made anew", error)
+            blocks = self.pool.num_tokens // self.info.block_tokens
+            self._running, self._pool = False, None
+            self._pool = RowPool(self.model.layers, blocks, self.info.block_tokens, self._kv_dtype)
 
     def warmup(self, prompt_tokens: int, batch: int) -> WarmupReport:
         """Compile and touch: a prompt chunk of `prompt_tokens`, then decode steps of 1, 2, 4 .. `batch` rows."""
@@ -155,11 +165,29 @@ class MlxBackend:
         self._pool = self._drawn = self._model = None
         release_thread()
 
+    def _check_size(self, num_blocks: int) -> None:
+        """MLX's CPU allocator crashes where it should refuse, so ask first."""
+        tokens = num_blocks * self.info.block_tokens
+        needed, free = tokens * self.model.kv_bytes_per_token, self.info.memory_bytes
+        if needed > free:
+            raise OutOfMemoryBudgetError(
+                f"{num_blocks} KV blocks of {self.info.block_tokens} tokens take {needed:,} bytes; {free:,} are free "
+                f"on {self.info.device}: lower kv_cache_memory or num_kv_blocks"
+            )
+        if tokens * max(layer.num_kv_heads for layer in self.model.layers) >= 2**31:
+            raise OutOfMemoryBudgetError(
+                f"{num_blocks} KV blocks have more rows than 32-bit indices reach; ask for fewer"
+            )
+
     def _check(self, row: PlanRow) -> None:
         """MLX writes wherever an index points, outside the pool too: refuse a row that does not fit its own run."""
         capacity = len(row.kv.blocks) * self.info.block_tokens
         last = (row.kv.blocks[0] * self.info.block_tokens + capacity) if row.kv.blocks else 0
-        if not row.kv.contiguous or not 0 < last <= self.pool.num_tokens or row.start + len(row.tokens) > capacity:
+        if (
+            not row.kv.contiguous
+            or not 0 < last <= self.pool.num_tokens
+            or not 0 <= row.start <= capacity - len(row.tokens)
+        ):
             raise EngineError(
                 f"row of slot {row.slot}: positions {row.start} to {row.start + len(row.tokens) - 1} do not fit a run "
                 f"of {capacity} tokens inside the pool's {self.pool.num_tokens}"

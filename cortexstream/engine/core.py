@@ -81,7 +81,7 @@ class EngineCore:
             # The device's state is unknown: nothing in flight can be trusted, but the next request can be served.
             log.exception("a step failed; every running request ends with an error")
             self._ticket = None
-            self._deliver(self.scheduler.abort_all(f"the step failed: {error}"))
+            self._deliver(self.scheduler.abort_running(f"the step failed: {error}"))
             self.backend.reset()
         self._host_s += perf_counter() - started - in_backend
         self._backend_s += in_backend

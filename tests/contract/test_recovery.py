@@ -6,13 +6,24 @@ import asyncio
 import json
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from cortexstream import LLM, AsyncLLM, EngineError, InvalidRequestError, ModelLoadError, SamplingParams, StreamChunk
+from cortexstream import (
+    LLM,
+    AsyncLLM,
+    EngineError,
+    InvalidRequestError,
+    ModelLoadError,
+    OutOfMemoryBudgetError,
+    SamplingParams,
+    StreamChunk,
+)
 from cortexstream.config import parse_bytes
 from cortexstream.models import tiny_folder
 from tests.conftest import require
@@ -55,6 +66,60 @@ def test_f78_a_failed_step_is_followed_by_right_answers(llm: LLM, call: str) -> 
     assert failed.outputs[0].finish_reason == "error"
     assert failed.outputs[0].error == "the step failed: the device fell over"
     assert [answer(llm) for _ in range(3)] == [expected] * 3
+
+
+def test_f78_a_computation_that_fails_late_is_forgotten() -> None:
+    """On MLX an operation can fail when it is evaluated, after every pool was told to depend on it."""
+    mx = require("mlx")
+    require("mlx_lm")
+    with LLM(backend="mlx", num_kv_blocks=64) as llm:
+
+        def poison(core: Any) -> None:
+            pool = core.backend.pool
+            half = mx.zeros((32, 32), mx.bfloat16)
+            bad = mx.block_masked_mm(half, half, 32, mx.zeros((1, 1), mx.bool_))  # not for bfloat16 on a CPU
+            pool.keys[0] = pool.keys[0] + bad[0, 0].astype(pool.keys[0].dtype)
+
+        if mx.metal.is_available():
+            pytest.skip("Metal can compute what fails here on a CPU")
+        llm._engine.call(poison)
+        assert llm.generate("copy: tide", GREEDY)[0].outputs[0].finish_reason == "error"
+        assert answer(llm) == "\ntide"
+
+
+def test_f78_who_waits_is_served_after_a_failed_step() -> None:
+    with LLM(backend="reference", num_kv_blocks=64, max_num_seqs=1) as llm:
+
+        def plant(core: Any) -> None:
+            right, calls = core.backend.submit, iter(range(1000))
+
+            def wrong(plan: Any) -> Any:
+                if next(calls) == 1:
+                    raise RuntimeError("once")
+                return right(plan)
+
+            core.backend.submit = wrong
+
+        llm._engine.call(plant)
+        outputs = llm.generate(["copy: tide"] * 3, GREEDY)
+        assert [o.outputs[0].finish_reason for o in outputs] == ["error", "stop", "stop"]
+
+
+def test_result_comes_after_the_listener_had_the_end(llm: LLM) -> None:
+    seen: list[str | None] = []
+
+    def listener(chunk: StreamChunk) -> None:
+        time.sleep(0.05 if chunk.finish_reason else 0)
+        seen.append(chunk.finish_reason)
+
+    llm.submit("12+30=", GREEDY, listener=listener).result(timeout_s=30)
+    assert seen[-1] == "stop"
+
+
+def test_a_budget_beyond_the_machine_is_refused(llm: LLM) -> None:
+    for blocks in (10**8, 10**12):
+        with pytest.raises(OutOfMemoryBudgetError, match=r"KV blocks of 16 tokens take"):
+            LLM(backend=llm.info.name, num_kv_blocks=blocks)
 
 
 def test_a_listener_that_wants_to_exit_ends_its_own_request_only(llm: LLM) -> None:
@@ -182,9 +247,9 @@ def test_odd_values_are_refused_by_field() -> None:
         with pytest.raises(InvalidRequestError, match="prompt: is 5 beside prompt_token_ids"):
             llm.generate({"prompt": 5, "prompt_token_ids": [1]})
         with pytest.raises(InvalidRequestError, match="prompt_token_ids: has 'ndarray'"):
-            import numpy as np
-
             llm.generate({"prompt_token_ids": np.zeros((2, 2), int)})
+        for array, count in ((np.array([1, 280, 281]), 1), (np.array([[1, 280], [1, 281]]), 2)):
+            assert len(llm.generate(array, GREEDY)) == count  # type: ignore[arg-type]
         with pytest.raises(InvalidRequestError, match="prompt_tokens: is '5'; must be a whole number"):
             llm.warmup("5")  # type: ignore[arg-type]
     for option, message in (

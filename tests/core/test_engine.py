@@ -167,11 +167,12 @@ def test_a_failing_step_ends_what_runs_and_nothing_else(layout: str, call: str, 
         core.step()
         core.check()
     assert failures and core.arena.used_blocks == 0
+    failed = [sink for sink in sinks if sink.finish is FinishReason.ERROR]
+    assert 1 <= len(failed) <= 3, "who ran ends; who waited is served"
     for number, sink in enumerate(sinks):
-        assert sink.finish is FinishReason.ERROR
-        assert sink.error == "the step failed: the device fell over"
         want = dense(request(number, [number] * 5, max_tokens=20), VOCAB, 40)
-        assert sink.tokens == want[: len(sink.tokens)]
+        assert sink.tokens == (want[: len(sink.tokens)] if sink in failed else want)
+        assert sink.error == ("the step failed: the device fell over" if sink in failed else None)
     later = [request(number, [number + 1] * 7, max_tokens=9) for number in range(4)]  # numbers may come again
     after = [Receiver() for _ in later]
     for each, sink in zip(later, after, strict=True):
@@ -180,7 +181,7 @@ def test_a_failing_step_ends_what_runs_and_nothing_else(layout: str, call: str, 
     core.check()
     assert [sink.tokens for sink in after] == [dense(each, VOCAB, 40) for each in later]
     stats = core.stats()
-    assert (stats.requests_finished, stats.requests_failed) == (9, 5)
+    assert (stats.requests_finished, stats.requests_failed) == (9, len(failed))
 
 
 def test_a_backend_that_always_fails_ends_everything() -> None:
