@@ -7,9 +7,20 @@ the arena; it gets a `StepPlan` and gives back a `StepResult`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-from cortexstream.plan import StepPlan, StepResult
+import numpy as np
+import numpy.typing as npt
+
+from cortexstream.plan import KVRows, StepPlan, StepResult
+
+
+class KVQuantization(NamedTuple):
+    """Keys and values as `bits`-wide integers with a scale and a bias per `group` of neighbouring numbers of a head
+    (`kernels.reference.kv_quantize` is the definition)."""
+
+    bits: int
+    group: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +42,41 @@ class ModelInfo:
     max_context_tokens: int
     eos_token_ids: frozenset[int]
     layers: tuple[LayerKV, ...]
-    kv_item_bytes: int  # bytes of one stored KV number
+    kv_item_bytes: int  # bytes of one stored KV number; with kv_quantization, of one scale and of one bias
     weight_bytes: int  # as held in memory
+    kv_quantization: KVQuantization | None = None
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The sliding windows that occur, ascending. Each has a pool of its own, pool 1 + its index, whose sequences
+        keep their last tokens in a ring; pool 0 belongs to the layers with full attention."""
+        return tuple(sorted({layer.window for layer in self.layers if layer.window is not None}))
+
+    def pool_of(self, layer: int) -> int:
+        """The pool that holds a layer's keys and values."""
+        window = self.layers[layer].window
+        return 0 if window is None else 1 + self.windows.index(window)
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token's keys and values take, over all layers."""
-        return sum(layer.num_kv_heads * (layer.key_dim + layer.value_dim) for layer in self.layers) * self.kv_item_bytes
+        return sum(self.pool_bytes_per_token)
+
+    @property
+    def pool_bytes_per_token(self) -> tuple[int, ...]:
+        """The same for each pool apart: the full-attention layers, then one number per window."""
+        sizes = [0] * (1 + len(self.windows))
+        for number, layer in enumerate(self.layers):
+            sizes[self.pool_of(number)] += layer.num_kv_heads * (
+                self._vector_bytes(layer.key_dim) + self._vector_bytes(layer.value_dim)
+            )
+        return tuple(sizes)
+
+    def _vector_bytes(self, dim: int) -> int:
+        if self.kv_quantization is None:
+            return dim * self.kv_item_bytes
+        bits, group = self.kv_quantization
+        return dim * bits // 8 + 2 * (dim // group) * self.kv_item_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +102,7 @@ class BackendOptions:
     max_num_seqs: int = 64  # slots
     block_tokens: int | None = None  # None: the backend's own choice
     kv_layout: Literal["run", "paged"] | None = None  # None: the backend's own choice
+    kv_dtype: Literal["auto", "int8", "int4"] = "auto"  # auto: like dtype
     extra: dict[str, Any] = field(default_factory=dict)  # options that only one backend knows
 
 
@@ -73,6 +113,14 @@ class WarmupReport:
     steps: tuple[tuple[str, float], ...]
 
 
+class LayerState(NamedTuple):
+    """One layer's keys [tokens, heads, key_dim] and values [tokens, heads, value_dim], float32, in order of position:
+    of all tokens, or of the last `window` ones."""
+
+    keys: npt.NDArray[np.float32]
+    values: npt.NDArray[np.float32]
+
+
 class Ticket(Protocol):
     """A submitted step; opaque to the core."""
 
@@ -81,7 +129,7 @@ class Ticket(Protocol):
 
 
 class Backend(Protocol):
-    """Nine members. `submit` may return before the device is done; `collect` waits.
+    """Eleven members. `submit` may return before the device is done; `collect` waits.
 
     At most one further plan is submitted before the previous ticket is collected, and tickets are collected in order.
     Within a step every row writes its KV before any row reads. A token `PENDING` in a plan means what the row with the
@@ -94,10 +142,10 @@ class Backend(Protocol):
     @property
     def model(self) -> ModelInfo: ...
 
-    def allocate_kv(self, num_blocks: int) -> int:
+    def allocate_kv(self, num_blocks: int, ring_blocks: tuple[int, ...] = ()) -> int:
         """Make and touch the KV memory; returns its bytes. Called once, before the first plan.
 
-        Raises OutOfMemoryBudgetError when the device refuses.
+        `num_blocks` are those of the full-attention layers, `ring_blocks` one number per window of the model. Raises OutOfMemoryBudgetError when the device refuses.
         """
         ...
 
@@ -108,7 +156,17 @@ class Backend(Protocol):
         ...
 
     def reset(self) -> None:
-        """Forget every plan that was submitted and not collected, after a step failed; the KV memory stays."""
+        """Forget every plan that was submitted and not collected, and every swapped copy, after a step failed; the KV
+        memory stays, its contents mean nothing."""
+        ...
+
+    def read_kv(self, kv: KVRows, num_tokens: int) -> list[LayerState]:
+        """A sequence's keys and values on the host, one entry per layer, the rotary embedding included in the keys.
+        Called between two plans; waits for the device."""
+        ...
+
+    def write_kv(self, kv: KVRows, num_tokens: int, layers: list[LayerState]) -> None:
+        """The inverse of `read_kv`, on blocks that hold nothing of value; rounds to what the pools store."""
         ...
 
     def warmup(self, prompt_tokens: int, batch: int) -> WarmupReport:

@@ -10,6 +10,12 @@ from cortexstream.errors import InvalidRequestError
 
 BACKENDS = ("auto", "mlx", "cuda", "reference", "null")
 MAX_NUM_SEQS = 4096
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "kv_layout": (None, "run", "paged"),
+    "kv_policy": ("first_fit", "buddy"),
+    "kv_dtype": ("auto", "int8", "int4"),
+    "preemption_mode": ("auto", "recompute", "swap"),
+}
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -28,14 +34,25 @@ class EngineConfig:
     num_kv_blocks: int | None = None  # overrides both
     block_tokens: int | None = None  # None: the backend's choice
     kv_layout: Literal["run", "paged"] | None = None  # None: the backend's choice
+    kv_policy: Literal["first_fit", "buddy"] = "first_fit"  # which free blocks are taken
+    kv_dtype: Literal["auto", "int8", "int4"] = "auto"  # auto: like dtype; else integers with a scale per group
+    enable_prefix_caching: bool = True  # what was computed for one prompt serves others that begin alike
+    preemption_mode: Literal["auto", "recompute", "swap"] = "auto"  # auto: the cheaper one, as measured
+    swap_memory: int | str | None = None  # bytes of host memory for preempted sequences; None: 1/4 of the KV memory
     seed: int | None = 0  # where requests without a seed get theirs from; None: another one at every start
     revision: str | None = None  # of a Hugging Face id
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise InvalidRequestError("backend", f"is {self.backend!r}; must be one of {', '.join(BACKENDS)}")
-        if self.kv_layout not in (None, "run", "paged"):
-            raise InvalidRequestError("kv_layout", f"is {self.kv_layout!r}; must be 'run' or 'paged'")
+        for name, values in CHOICES.items():
+            if getattr(self, name) not in values:
+                words = " or ".join(repr(value) for value in values if value is not None)
+                raise InvalidRequestError(name, f"is {getattr(self, name)!r}; must be {words}")
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise InvalidRequestError(
+                "enable_prefix_caching", f"is {self.enable_prefix_caching!r}; must be True or False"
+            )
         share = self.memory_utilization
         if share is not None and (not isinstance(share, (int, float)) or not 0.0 < share <= 1.0):
             raise InvalidRequestError("memory_utilization", f"is {share!r}; must be a number above 0, at most 1")
@@ -50,6 +67,8 @@ class EngineConfig:
             raise InvalidRequestError("seed", f"is {seed!r}; must be None or a whole number, 0 to 2**64 - 1")
         if self.kv_cache_memory is not None:
             object.__setattr__(self, "kv_cache_memory", parse_bytes("kv_cache_memory", self.kv_cache_memory))
+        if self.swap_memory is not None and self.swap_memory != 0:  # 0: never swap
+            object.__setattr__(self, "swap_memory", parse_bytes("swap_memory", self.swap_memory))
 
     @classmethod
     def from_kwargs(cls, values: dict[str, Any]) -> EngineConfig:

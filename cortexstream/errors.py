@@ -5,8 +5,12 @@ CortexStreamError
 ├── ModelLoadError           (ValueError)    a model folder is missing, broken, or of a kind that is not supported
 ├── BackendUnavailableError  (RuntimeError)  the chosen backend cannot run here
 ├── OutOfMemoryBudgetError   (MemoryError)   the memory budget cannot hold what must be held
-├── ArenaError               (RuntimeError)  wrong use of the KV arena; nothing was changed
-│   └── ArenaFullError                       not enough free blocks
+├── ArenaError               (RuntimeError)  wrong use of KV memory; nothing was changed
+│   ├── ArenaFullError                       not enough free blocks
+│   ├── CacheOverflowError                   more tokens than a KV cache holds
+│   ├── CacheIndexError      (IndexError)    no such layer or batch entry in a KV cache
+│   ├── CacheValueError      (ValueError)    a number, shape, dtype or library that a KV cache cannot take
+│   └── CacheMemoryError     (MemoryError)   the memory for a KV cache could not be had
 └── EngineError              (RuntimeError)  the engine is closed, or a step failed on the device
 """
 
@@ -38,11 +42,27 @@ class OutOfMemoryBudgetError(CortexStreamError, MemoryError):
 
 
 class ArenaError(CortexStreamError, RuntimeError):
-    """Wrong use of the KV arena: a stale or foreign handle, a double free, a negative count. Nothing was changed."""
+    """Wrong use of KV memory: a stale or foreign handle, a double free, a negative count. Nothing was changed."""
 
 
 class ArenaFullError(ArenaError):
     """Not enough free blocks, counted over the whole arena. Nothing was changed."""
+
+
+class CacheOverflowError(ArenaError):
+    """More tokens than a KV cache holds; the message has position and limit. Nothing was changed."""
+
+
+class CacheIndexError(ArenaError, IndexError):
+    """A layer or batch entry that a KV cache does not have. Nothing was changed."""
+
+
+class CacheValueError(ArenaError, ValueError):
+    """A number, shape, dtype, device or array library that a KV cache cannot take. Nothing was changed."""
+
+
+class CacheMemoryError(ArenaError, MemoryError):
+    """The memory for a KV cache could not be had; the message has the bytes."""
 
 
 class EngineError(CortexStreamError, RuntimeError):

@@ -12,7 +12,7 @@ from cortexstream import platform
 from cortexstream.backend import BackendInfo, BackendOptions, ModelInfo, WarmupReport
 from cortexstream.config import EngineConfig
 from cortexstream.engine import EngineStats, EngineThread
-from cortexstream.errors import EngineError, InvalidRequestError
+from cortexstream.errors import InvalidRequestError
 from cortexstream.generation import Generation, Listener
 from cortexstream.models import resolve_model
 from cortexstream.outputs import RequestOutput, StreamChunk
@@ -62,7 +62,7 @@ class LLM:
         created = BackendOptions(
             model=None if folder is None else str(folder), dtype=self.config.dtype,
             max_num_seqs=self.config.max_num_seqs, block_tokens=self.config.block_tokens,
-            kv_layout=self.config.kv_layout, extra=extra,
+            kv_layout=self.config.kv_layout, kv_dtype=self.config.kv_dtype, extra=extra,
         )  # fmt: skip
         with progress(f"loading {folder.name if folder else 'null'} on {self.backend_name}", None, wanted(use_tqdm)):
             name = self.backend_name  # the thread must not keep this object alive
@@ -82,6 +82,11 @@ class LLM:
     def limits(self) -> Limits:
         """The longest sequence and what sets it, the vocabulary, the slots, and the tokens of one step."""
         return self._engine.limits
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Fallbacks in force, each one sentence."""
+        return self._engine.notes
 
     @property
     def kv_bytes(self) -> int:
@@ -173,13 +178,7 @@ class LLM:
             if not isinstance(value, int) or not 1 <= value <= limit:
                 raise InvalidRequestError(field, f"is {value!r}; must be a whole number, 1 to {limit}")
 
-        def run(core: Any) -> WarmupReport:
-            if core.has_work:
-                raise EngineError("warmup needs an idle engine; requests are running")
-            report: WarmupReport = core.backend.warmup(prompt_tokens, rows)
-            return report
-
-        return self._engine.call(run)
+        return self._engine.call(lambda core: core.warmup(prompt_tokens, rows))
 
     def stats(self) -> EngineStats:
         """What the engine counted so far, and the arena as it is now."""

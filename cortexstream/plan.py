@@ -44,10 +44,15 @@ class KVRows(NamedTuple):
 
     With `contiguous` the blocks are adjacent, `blocks[0]` is the first and `len(blocks)` the capacity; a backend may
     lay such a run out as it likes inside its blocks.
+
+    `blocks` serve the layers with full attention. `rings[r]` serves the layers whose window is `ModelInfo.windows[r]`,
+    in blocks of a pool of their own: the token at position p lies in slot p % `ring_tokens(window, block_tokens)`.
+    Slots count through a row's blocks as positions do; those beyond its capacity are not reached yet.
     """
 
     blocks: tuple[int, ...]
     contiguous: bool
+    rings: tuple[KVRows, ...] = ()
 
 
 class PlanRow(NamedTuple):
@@ -62,10 +67,12 @@ class PlanRow(NamedTuple):
 
 
 class Move(NamedTuple):
-    """Copy a sequence's first `num_tokens` positions from one run of blocks to another.
+    """Copy the first `num_tokens` slots from one run of blocks to another; the source keeps them.
 
-    Moves are executed in order, each as if through a temporary: source and destination may overlap. Equal starts with
-    different sizes mean that a run grew in place; a backend whose layout depends on a run's capacity re-lays it out.
+    Source and destination may overlap: it is done as if through a temporary. Equal starts with different sizes mean
+    that a run grew or shrank in place; a backend whose layout depends on a run's capacity re-lays it out. `pool` 0 is
+    that of the full-attention layers, where slots are positions; pool r + 1 is ring r's. In paged placement source
+    and target are one block each.
     """
 
     source: int  # first block
@@ -73,14 +80,40 @@ class Move(NamedTuple):
     target: int
     target_blocks: int
     num_tokens: int
+    pool: int = 0
+
+
+class SwapOut(NamedTuple):
+    """Keep a copy of a sequence's first `num_tokens` positions (of a ring: what it holds of them) in host memory."""
+
+    key: int
+    kv: KVRows
+    num_tokens: int
+
+
+class SwapIn(NamedTuple):
+    """Write the copy kept under `key` to other blocks, bit for bit, and forget it."""
+
+    key: int
+    kv: KVRows
+    num_tokens: int
+
+
+class SwapDrop(NamedTuple):
+    """Forget the copy kept under `key`: its sequence ended."""
+
+    key: int
+
+
+MemoryOp = Move | SwapOut | SwapIn | SwapDrop
 
 
 class StepPlan(NamedTuple):
-    """All rows of a step. `moves` are done before any row is written."""
+    """All rows of a step. `moves` are done in order, before any row is written."""
 
     step: int
     rows: tuple[PlanRow, ...]
-    moves: tuple[Move, ...] = ()
+    moves: tuple[MemoryOp, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -102,3 +135,9 @@ class StepResult(NamedTuple):
 
     step: int
     rows: tuple[RowResult, ...]
+    swap_s: float = 0.0  # what the plan's SwapOut and SwapIn took, in seconds
+
+
+def ring_tokens(window: int, block_tokens: int) -> int:
+    """Slots of a full ring: the window, rounded up to whole blocks."""
+    return -(-window // block_tokens) * block_tokens

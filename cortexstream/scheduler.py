@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cortexstream.errors import ArenaFullError, EngineError, InvalidRequestError
-from cortexstream.kv import KVArena
+from cortexstream.kv import KVArena, KVHandle
+from cortexstream.kv.prefix import common_prefix
 from cortexstream.plan import PlanRow, RowResult, StepPlan, StepResult
 from cortexstream.request import FinishReason, Request
 from cortexstream.sequence import Sequence
+from cortexstream.swap import SwapPolicy
 
 
 class TokenEvent(NamedTuple):
@@ -41,20 +43,24 @@ class Scheduler:
 
     Every step holds one token of each sequence that is decoding, then chunks of prompts, oldest first, as the budget
     allows. When the arena is full the youngest sequence gives its blocks up and goes back to the head of the queue; it
-    is computed again once another has finished, and draws the same tokens. `plan` may be called while one earlier plan
-    is not committed yet.
+    is computed again, or brought back from host memory if `swap` says so, once another has finished, and draws the same
+    tokens. What was computed for one sequence serves all that begin alike; one whose beginning is being computed for
+    another waits for that. `plan` may be called while one earlier plan is not committed yet.
     """
 
-    def __init__(self, arena: KVArena, limits: Limits) -> None:
+    def __init__(self, arena: KVArena, limits: Limits, swap: SwapPolicy | None = None) -> None:
         self.arena = arena
         self.limits = limits
+        self.swap = swap
         self.preemptions = 0
+        self.swaps = 0  # of those, by copying to host memory
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # oldest first
         self._by_id: dict[int, Sequence] = {}
         self._slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._in_flight: deque[tuple[int, list[Sequence]]] = deque()  # steps, and who draws in each
         self._step = 0
+        self._refused = (-1, -1)  # who did not fit, and the state of the arena then
         self._hold = False  # no admissions: a sequence was preempted and none has finished since
 
     @property
@@ -109,6 +115,9 @@ class Scheduler:
         for sequence in sequences:
             self._finish(sequence, FinishReason.ERROR)
             events.append(TokenEvent(sequence.request.id, None, None, (), FinishReason.ERROR, error))
+        for sequence in self._waiting:
+            self._forget_swapped(sequence)
+        self.arena.clear()  # what was computed, here or in host memory, cannot be trusted
         self.arena.take_moves()
         return events
 
@@ -141,6 +150,8 @@ class Scheduler:
             budget -= len(row.tokens)
             if row.sample is not None:
                 sampled.append(sequence)
+            if self.arena.prefix_caching and sequence.handle is not None:
+                self.arena.publish(sequence.handle, sequence.computed)
         moves = self.arena.take_moves()
         if not rows and not moves:
             return None
@@ -165,6 +176,7 @@ class Scheduler:
     def _apply(self, sequence: Sequence, row: RowResult) -> TokenEvent:
         if row.error is not None:
             self._finish(sequence, FinishReason.ERROR)
+            self.arena.clear()  # numbers that are not finite may be in what others would reuse
             return TokenEvent(row.seq_id, None, None, (), FinishReason.ERROR, row.error)
         sequence.tokens.append(row.token)
         finish: FinishReason | None = None
@@ -180,7 +192,7 @@ class Scheduler:
         """Give every decoding sequence room for its next token, oldest first; the youngest pay."""
         for sequence in list(self._running):
             handle = sequence.handle
-            if handle is None or handle.position < handle.capacity_tokens:
+            if handle is None or (handle.position < handle.capacity_tokens and not handle.shares):
                 continue
             if handle.position >= sequence.num_tokens or sequence.last_is_drawn:
                 continue  # nothing to compute until the token in flight is known, or ever
@@ -195,20 +207,59 @@ class Scheduler:
         """Claim room for whole prompts, in order of arrival, while slots and blocks last."""
         while self._waiting and self._slots and not (self._hold and self._running):
             sequence = self._waiting[0]
-            limit = sequence.limit_tokens - 1  # the last token's KV is never needed
-            if sequence.draws_pending or not self.arena.can_admit(sequence.num_tokens, limit):
+            if sequence.draws_pending or self._refused == (sequence.id, self.arena.changes) or self._waits(sequence):
+                break
+            try:
+                handle = self._admit(sequence)
+            except ArenaFullError:
+                self._refused = (sequence.id, self.arena.changes)
                 break
             self._waiting.popleft()
-            sequence.start(self.arena.admit(sequence.num_tokens, limit), self._slots.pop())
+            sequence.start(handle, self._slots.pop())
             self._running.append(sequence)
+
+    def _admit(self, sequence: Sequence) -> KVHandle:
+        limit = sequence.limit_tokens - 1  # the last token's KV is never needed
+        tokens, swapped = sequence.tokens, sequence.swapped_tokens
+        if not swapped:  # the last token is always fed: its logits draw the next
+            return self.arena.admit(len(tokens), limit, tokens[:-1] if self.arena.prefix_caching else ())
+        handle = self.arena.admit(len(tokens), limit)
+        self.arena.swap_in(handle, sequence.id, swapped)
+        self._forget_swapped(sequence)
+        return handle
+
+    def _waits(self, sequence: Sequence) -> bool:
+        """Is a running sequence about to compute what this one begins with? Then it is cheaper to wait for that."""
+        if not self.arena.prefix_caching or sequence.swapped_tokens:
+            return False
+        for other in self._running:
+            computed = other.num_computed
+            if len(other.tokens) - computed > 1:
+                common = common_prefix(sequence.tokens[:-1], other.tokens)
+                if common - computed >= self.arena.block_tokens:
+                    return True
+        return False
 
     def _preempt(self, sequence: Sequence) -> None:
         self._slots.append(sequence.slot)
-        self.arena.release(sequence.preempt())
+        computed = sequence.computed
+        handle = sequence.preempt()
+        if self.swap is not None and self.swap.wants(handle.position):
+            self.swap.take(handle.position)
+            sequence.swapped_tokens = handle.position
+            self.arena.swap_out(handle, sequence.id)
+            self.swaps += 1
+        else:
+            self.arena.release(handle, computed)
         self._running.remove(sequence)
         self._waiting.appendleft(sequence)
         self.preemptions += 1
         self._hold = True
+
+    def _forget_swapped(self, sequence: Sequence) -> None:
+        if sequence.swapped_tokens and self.swap is not None:
+            self.swap.give_back(sequence.swapped_tokens)
+            sequence.swapped_tokens = 0
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         if sequence.slot >= 0:
@@ -217,9 +268,13 @@ class Scheduler:
             self._hold = False
         else:
             self._waiting.remove(sequence)
+        if sequence.swapped_tokens:
+            self.arena.swap_drop(sequence.id)
+            self._forget_swapped(sequence)
+        computed = sequence.computed
         handle = sequence.end(reason)
         if handle is not None:
-            self.arena.release(handle)
+            self.arena.release(handle, () if reason is FinishReason.ERROR else computed)
         del self._by_id[sequence.id]
 
 

@@ -37,6 +37,7 @@ class Sequence:
         "request",
         "slot",
         "stop_ids",
+        "swapped_tokens",
         "tokens",
     )  # fmt: skip
 
@@ -51,6 +52,7 @@ class Sequence:
         self.handle: KVHandle | None = None
         self.slot = -1
         self.draws_pending = 0
+        self.swapped_tokens = 0  # of a preempted sequence: so many tokens' KV are in host memory
         self.finish: FinishReason | None = None
         self._spec = SampleSpec(
             sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, request.seed, request.index,
@@ -76,6 +78,11 @@ class Sequence:
         return 0 if self.handle is None else self.handle.position
 
     @property
+    def computed(self) -> list[int]:
+        """The known tokens whose KV is in the arena."""
+        return self.tokens[: self.num_computed]
+
+    @property
     def last_is_drawn(self) -> bool:
         """The token that reaches the limit is drawn, or on its way: nothing is left to compute."""
         return len(self.tokens) + self.draws_pending >= self.limit_tokens
@@ -89,7 +96,7 @@ class Sequence:
         self.handle, self.slot = handle, slot
 
     def preempt(self) -> KVHandle:
-        """Back to waiting; the KV is given up and will be computed again."""
+        """Back to waiting; the KV is given up, to be computed again or brought back."""
         self._expect(SequenceState.RUNNING)
         assert self.handle is not None
         handle, self.handle, self.slot = self.handle, None, -1

@@ -8,11 +8,12 @@ be `Ragged`; with ordinary arrays the original runs.
 from __future__ import annotations
 
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
 
 NAME = "scaled_dot_product_attention"
 
@@ -21,14 +22,24 @@ class RaggedNotPossible(Exception):
     """This model does something with its keys, values or mask that separate views cannot follow."""
 
 
-class Segment(NamedTuple):
-    """Rows first .. first + rows of the batch, which attend to positions start .. start + length of their own runs."""
+class Segment:
+    """Rows first .. first + rows of the batch, which attend to slots start .. start + length of their own runs.
 
-    first: int
-    rows: int
-    start: int
-    length: int
-    valid: np.ndarray | None  # bool [rows, length], None where every key may be seen
+    `valid` is bool [rows, length], None where every key may be seen.
+    """
+
+    def __init__(self, first: int, rows: int, start: int, length: int, valid: npt.NDArray[np.bool_] | None) -> None:
+        self.first, self.rows, self.start, self.length, self._valid = first, rows, start, length, valid
+        self._masks: dict[int, mx.array] = {}
+
+    def mask(self, heads: int) -> mx.array | None:
+        """bool [rows, heads, 1, length], contiguous (Metal copies a broadcast mask in every layer) and made once."""
+        if self._valid is None:
+            return None
+        if heads not in self._masks:
+            shape = (self.rows, heads, 1, self.length)
+            self._masks[heads] = mx.contiguous(mx.broadcast_to(mx.array(self._valid)[:, None, None, :], shape))
+        return self._masks[heads]
 
 
 class Ragged:
@@ -73,14 +84,6 @@ def ragged_attention(
     for k, v, segment in zip(keys.views, values.views, keys.segments, strict=True):
         q = queries[segment.first : segment.first + segment.rows]
         outputs.append(
-            mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=_mask(segment, q.shape[1]), sinks=sinks)
+            mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=segment.mask(q.shape[1]), sinks=sinks)
         )
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
-
-
-def _mask(segment: Segment, heads: int) -> mx.array | None:
-    """bool [rows, heads, 1, length], contiguous: Metal copies a broadcast mask in every layer."""
-    if segment.valid is None:
-        return None
-    valid = mx.array(segment.valid)[:, None, None, :]
-    return mx.contiguous(mx.broadcast_to(valid, (segment.rows, heads, 1, segment.length)))

@@ -16,22 +16,22 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from cortexstream.backend import BackendInfo, BackendOptions, WarmupReport
+from cortexstream.backend import BackendInfo, BackendOptions, LayerState, WarmupReport
 from cortexstream.backends.common.memory import host_memory_bytes
 from cortexstream.backends.mlx import models
-from cortexstream.backends.mlx.attention import RaggedNotPossible, teach
-from cortexstream.backends.mlx.cache import Batch, Chunk
-from cortexstream.backends.mlx.pool import RowPool, Span
+from cortexstream.backends.mlx.attention import teach
+from cortexstream.backends.mlx.cache import Chunk
+from cortexstream.backends.mlx.forward import Forward
+from cortexstream.backends.mlx.pool import RowPool
+from cortexstream.backends.mlx.probe import find_mode, most_rows, pools_stay, trial_row
 from cortexstream.backends.mlx.sample import log_softmax, sample
+from cortexstream.backends.mlx.transfer import SwapSpace, read_kv, write_kv
 from cortexstream.errors import EngineError, InvalidRequestError, ModelLoadError, OutOfMemoryBudgetError
 from cortexstream.plan import PENDING, KVRows, PlanRow, RowResult, SampleSpec, StepPlan, StepResult
 
 log = logging.getLogger("cortexstream.backends.mlx")
 
 BLOCK_TOKENS = 16
-PROBE_TOLERANCE = 1e-3  # of the largest logit: separates a wrong mask or position from rounding in half precision
-PROBE_TOKENS = (3, 18)  # unlike lengths, neither a multiple of anything
-SELF_TEST_STEPS = 3
 
 
 class MlxTicket(NamedTuple):
@@ -43,6 +43,7 @@ class MlxTicket(NamedTuple):
     tokens: mx.array | None
     broken: mx.array | None  # bool: nothing can be drawn from the row's logits
     logprobs: mx.array | None  # float32 [rows, vocabulary], if any row asked for them
+    swap_s: float
 
 
 class MlxBackend:
@@ -59,9 +60,11 @@ class MlxBackend:
         if unknown:
             raise InvalidRequestError("backend_options", f"has {unknown[0]!r}; the mlx backend knows group_attention")
         metal = mx.metal.is_available()
-        self._model, self.model, self._kv_dtype = models.load(Path(options.model), options.dtype)
-        self._grouped = bool(options.extra.get("group_attention", metal))
-        self._mode = "ragged" if teach(self._model) else "gathered"
+        model, self.model, self._kv_dtype = models.load(Path(options.model), options.dtype, options.kv_dtype)
+        grouped = bool(options.extra.get("group_attention", metal))
+        self._forward = Forward(model, "ragged" if teach(model) else "gathered", grouped)
+        self._ordering_pool = min(self.model.pool_of(layer) for layer in range(len(self.model.layers)))
+        self._swapped = SwapSpace()
         self._synchronous = False
         self._pool: RowPool | None = None
         self._running = False  # a launch is in flight
@@ -74,7 +77,7 @@ class MlxBackend:
             device=f"{'Metal' if metal else 'CPU'}, {device['device_name']}", memory_bytes=_free_bytes(metal),
             dtype=str(self._kv_dtype).removeprefix("mlx.core."), memory_share=0.8 if metal else 0.25,
         )  # fmt: skip
-        self._probe()
+        self._note(find_mode(self._forward, self.model, self.info.block_tokens, self._kv_dtype))
 
     @property
     def pool(self) -> RowPool:
@@ -82,19 +85,24 @@ class MlxBackend:
             raise EngineError("allocate_kv() must come before the first plan")
         return self._pool
 
-    def allocate_kv(self, num_blocks: int) -> int:
-        self._check_size(num_blocks)
-        self._pool = RowPool(self.model.layers, num_blocks, self.info.block_tokens, self._kv_dtype)
-        self._self_test(num_blocks)
+    def allocate_kv(self, num_blocks: int, ring_blocks: tuple[int, ...] = ()) -> int:
+        blocks = (num_blocks, *ring_blocks)
+        self._check_size(blocks)
+        self._pool = RowPool(self.model, blocks, self.info.block_tokens, self._kv_dtype)
+        self._synchronous = not pools_stay(self._pool, self.model, self.submit)
+        self._finish_trial()
+        if self._synchronous:
+            self._note("the KV pools moved in the self-test, so steps do not overlap: each waits for the one before")
         return self._pool.nbytes
 
     def submit(self, plan: StepPlan) -> MlxTicket:
         for row in plan.rows:
             self._check(row)
+        swap_s = 0.0
         if plan.moves:
+            self._swapped.check(self.pool, plan.moves)
             self._wait()
-            for move in plan.moves:
-                self.pool.move(move)
+            swap_s = self._swapped.run(self.pool, plan.moves)
         for row in plan.rows:
             tokens = row.tokens[:-1] if row.sample is not None else row.tokens
             if tokens:
@@ -102,11 +110,11 @@ class MlxBackend:
         sampling = [row for row in plan.rows if row.sample is not None]
         if not sampling:
             self._drawn, self._drawn_rows = None, {}
-            return MlxTicket(plan.step, plan.rows, [], None, None, None)
+            return MlxTicket(plan.step, plan.rows, [], None, None, None, swap_s)
         # Sorted by where they lie: neighbours of equal capacity can share one attention call.
-        by_place = sorted(range(len(sampling)), key=lambda i: sampling[i].kv.blocks[0])
+        by_place = sorted(range(len(sampling)), key=lambda i: self._address(sampling[i].kv))
         order = sorted(range(len(sampling)), key=by_place.__getitem__)
-        return self._decode(plan, [sampling[i] for i in by_place], order)
+        return self._decode(plan, [sampling[i] for i in by_place], order, swap_s)
 
     def collect(self, ticket: MlxTicket) -> StepResult:
         if ticket.step <= self._last_collected:
@@ -115,7 +123,7 @@ class MlxBackend:
         if ticket.tokens is self._drawn:  # nothing was submitted since, so nothing has waited for it yet
             self._wait()
         if ticket.tokens is None or ticket.broken is None:
-            return StepResult(ticket.step, ())
+            return StepResult(ticket.step, (), ticket.swap_s)
         tokens: Any = ticket.tokens.tolist()
         broken: Any = ticket.broken.tolist()
         sampling = [row for row in ticket.rows if row.sample is not None]
@@ -125,35 +133,50 @@ class MlxBackend:
                 results.append(RowResult(row.seq_id, 0, error=BROKEN))
             else:
                 results.append(_result(row, tokens[place], ticket.logprobs, place))
-        return StepResult(ticket.step, tuple(results))
+        return StepResult(ticket.step, tuple(results), ticket.swap_s)
 
     def reset(self) -> None:
-        """Forget the plans in flight. Pools that wait for a computation that cannot be done are made anew, empty."""
+        """Forget the plans in flight and the swapped copies. Pools that wait for a computation that cannot be done are
+        made anew, empty."""
         self._drawn, self._drawn_rows = None, {}
+        self._swapped.clear()
         try:
             self._wait()
-            mx.eval(self.pool.keys, self.pool.values)
+            mx.eval(self.pool.arrays)
             mx.synchronize()
         except Exception as error:
             log.warning("the KV pools cannot be computed any more (%s); they are made anew", error)
-            blocks = self.pool.num_tokens // self.info.block_tokens
+            blocks = self.pool.num_blocks
             self._running, self._pool = False, None
-            self._pool = RowPool(self.model.layers, blocks, self.info.block_tokens, self._kv_dtype)
+            self._pool = RowPool(self.model, blocks, self.info.block_tokens, self._kv_dtype)
+
+    def read_kv(self, kv: KVRows, num_tokens: int) -> list[LayerState]:
+        self._wait()
+        return read_kv(self.pool, kv, num_tokens)
+
+    def write_kv(self, kv: KVRows, num_tokens: int, layers: list[LayerState]) -> None:
+        self._wait()
+        write_kv(self.pool, kv, num_tokens, layers)
 
     def warmup(self, prompt_tokens: int, batch: int) -> WarmupReport:
         """Compile and touch: a prompt chunk of `prompt_tokens`, then decode steps of 1, 2, 4 .. `batch` rows."""
-        pool_blocks = self.pool.num_tokens // self.info.block_tokens
-        blocks = -(-prompt_tokens // self.info.block_tokens)
-        steps: list[tuple[str, float]] = []
-        started = perf_counter()
-        self._run_alone([self._warm_row(0, blocks, (0,) * prompt_tokens)])
-        steps.append((f"prefill of {prompt_tokens} tokens", perf_counter() - started))
+        pool, model = self.pool, self.model
+        trials = [
+            (
+                f"prefill of {prompt_tokens} tokens",
+                [trial_row(pool, model, 0, -(-prompt_tokens // pool.block_tokens), (0,) * prompt_tokens)],
+            )
+        ]
         rows = 1
-        while rows <= min(batch, pool_blocks):
-            started = perf_counter()
-            self._run_alone([self._warm_row(i, 1, (0,)) for i in range(rows)])
-            steps.append((f"decode step of {rows} rows", perf_counter() - started))
+        while rows <= min(batch, most_rows(pool, model, 1)):
+            trials.append((f"decode step of {rows} rows", [trial_row(pool, model, i, 1, (0,)) for i in range(rows)]))
             rows *= 2
+        steps = []
+        for name, trial in trials:
+            started = perf_counter()
+            self.submit(StepPlan(0, tuple(trial)))
+            self._finish_trial()
+            steps.append((name, perf_counter() - started))
         return WarmupReport(tuple(steps))
 
     def memory_addresses(self) -> list[int]:
@@ -162,50 +185,60 @@ class MlxBackend:
     def close(self) -> None:
         if self._pool is not None:
             self._wait()
-        self._pool = self._drawn = self._model = None
+        self._pool = self._drawn = self._forward.model = None
+        self._swapped.clear()
         release_thread()
 
-    def _check_size(self, num_blocks: int) -> None:
+    def _check_size(self, num_blocks: tuple[int, ...]) -> None:
         """MLX's CPU allocator crashes where it should refuse, so ask first."""
-        tokens = num_blocks * self.info.block_tokens
-        needed, free = tokens * self.model.kv_bytes_per_token, self.info.memory_bytes
-        if needed > free:
-            raise OutOfMemoryBudgetError(
-                f"{num_blocks} KV blocks of {self.info.block_tokens} tokens take {needed:,} bytes; {free:,} are free "
-                f"on {self.info.device}: lower kv_cache_memory or num_kv_blocks"
+        sizes, block_tokens = self.model.pool_bytes_per_token, self.info.block_tokens
+        if len(num_blocks) != len(sizes) or min(num_blocks) < 1:
+            raise EngineError(
+                f"{num_blocks} KV blocks were asked for; {self.model.architecture} needs {len(sizes)} numbers of at "
+                f"least 1: the full-attention layers', then one for each window of {self.model.windows}"
             )
-        if tokens * max(layer.num_kv_heads for layer in self.model.layers) >= 2**31:
+        needed = sum(n * block_tokens * size for n, size in zip(num_blocks, sizes, strict=True))
+        asked = " + ".join(map(str, num_blocks))
+        if needed > self.info.memory_bytes:
             raise OutOfMemoryBudgetError(
-                f"{num_blocks} KV blocks have more rows than 32-bit indices reach; ask for fewer"
+                f"{asked} KV blocks of {block_tokens} tokens take {needed:,} bytes; {self.info.memory_bytes:,} are "
+                f"free on {self.info.device}: lower kv_cache_memory or num_kv_blocks"
             )
+        if any(num_blocks[self.model.pool_of(number)] * block_tokens * layer.num_kv_heads >= 2**31
+               for number, layer in enumerate(self.model.layers)):  # fmt: skip
+            raise OutOfMemoryBudgetError(f"{asked} KV blocks have more rows than 32-bit indices reach; ask for fewer")
 
     def _check(self, row: PlanRow) -> None:
-        """MLX writes wherever an index points, outside the pool too: refuse a row that does not fit its own run."""
-        capacity = len(row.kv.blocks) * self.info.block_tokens
-        last = (row.kv.blocks[0] * self.info.block_tokens + capacity) if row.kv.blocks else 0
-        if (
-            not row.kv.contiguous
-            or not 0 < last <= self.pool.num_tokens
-            or not 0 <= row.start <= capacity - len(row.tokens)
-        ):
-            raise EngineError(
-                f"row of slot {row.slot}: positions {row.start} to {row.start + len(row.tokens) - 1} do not fit a run "
-                f"of {capacity} tokens inside the pool's {self.pool.num_tokens}"
-            )
+        """Refuse a row that does not fit its own runs, or feeds what was not drawn, before anything is written."""
+        problem = self.pool.misfit(row.kv, row.start + len(row.tokens))
+        if row.start < 0 or not row.tokens:
+            problem = "a row feeds at least one token from position 0 or later"
+        if problem is not None:
+            last = row.start + len(row.tokens) - 1
+            raise EngineError(f"row of slot {row.slot}, positions {row.start} to {last}: {problem}")
+        if row.tokens[-1] == PENDING and row.slot not in self._drawn_rows:
+            raise EngineError(f"slot {row.slot} has a pending token but drew none in the plan before")
+
+    def _address(self, kv: KVRows) -> int:
+        """Where a sequence lies in the first pool that any layer uses."""
+        return (kv, *kv.rings)[self._ordering_pool].blocks[0]
 
     def _prefill(self, row: PlanRow, tokens: tuple[int, ...]) -> None:
         """Write the KV of a prompt chunk. Its logits are never computed: MLX evaluates only what is asked for."""
-        chunk = Chunk(self.pool, Span.of(row.kv, self.info.block_tokens), row.start, len(tokens))
-        self._model(mx.array([tokens], dtype=mx.int32), cache=chunk.caches())
+        chunk = Chunk(self.pool, row.kv, row.start, len(tokens))
+        if chunk.needs_read_back:
+            self._wait()
+            chunk.read_back()
+        self._forward.prefill(chunk, tokens)
         self._launch([])
 
-    def _decode(self, plan: StepPlan, rows: list[PlanRow], order: list[int]) -> MlxTicket:
+    def _decode(self, plan: StepPlan, rows: list[PlanRow], order: list[int], swap_s: float) -> MlxTicket:
         positions = [row.start + len(row.tokens) - 1 for row in rows]
         specs = [row.sample for row in rows if row.sample is not None]
         pending = [self._pending(row) if PENDING in row.tokens[-1:] or spec.penalised else None
                    for row, spec in zip(rows, specs, strict=True)]  # fmt: skip
         tokens = self._input_tokens(rows)
-        logits = self._forward(self.pool, rows, positions, tokens).astype(mx.float32)
+        logits = self._forward.decode(self.pool, rows, positions, tokens).astype(mx.float32)
         drawn = sample(logits, specs, [p + 1 for p in positions], pending)
         usable = mx.isfinite(mx.max(_bannable(logits, specs), axis=-1))  # a NaN is the maximum of its row
         wants = any(spec.logprobs is not None for spec in specs)
@@ -213,32 +246,7 @@ class MlxBackend:
         broken = ~usable
         self._launch([drawn, broken, *([] if logprobs is None else [logprobs])])
         self._drawn, self._drawn_rows = drawn, {row.slot: i for i, row in enumerate(rows)}
-        return MlxTicket(plan.step, plan.rows, order, drawn, broken, logprobs)
-
-    def _forward(self, pool: RowPool, rows: list[PlanRow], positions: list[int], tokens: mx.array) -> mx.array:
-        """Logits [rows, vocabulary] of one token per row, by the fastest way that this model has proved to allow."""
-        spans = [Span.of(row.kv, self.info.block_tokens) for row in rows]
-        if len(rows) == 1:
-            only: mx.array = self._model(tokens[:, None], cache=Chunk(pool, spans[0], positions[0], 1).caches())[:, -1]
-            return only
-        if self._mode == "single":
-            return self._one_by_one(pool, spans, positions, tokens)
-        batch = Batch(pool, spans, positions, self._mode == "ragged", self._grouped)
-        result: mx.array = self._model(tokens[:, None], cache=batch.caches())[:, -1]
-        return result
-
-    def _one_by_one(self, pool: RowPool, spans: list[Span], positions: list[int], tokens: mx.array) -> mx.array:
-        """A forward pass per row, each finished before the next writes: two writes with a read between, in one
-        evaluation, would copy the pools."""
-        logits = []
-        for row, (span, position) in enumerate(zip(spans, positions, strict=True)):
-            self._wait()
-            logits.append(
-                self._model(tokens[row : row + 1, None], cache=Chunk(pool, span, position, 1).caches())[:, -1]
-            )
-            mx.async_eval(logits[-1], *pool.keys, *pool.values)
-            mx.synchronize()
-        return mx.concatenate(logits)
+        return MlxTicket(plan.step, plan.rows, order, drawn, broken, logprobs, swap_s)
 
     def _input_tokens(self, rows: list[PlanRow]) -> mx.array:
         """int32 [rows]: what each row feeds; a pending token is read from the draws of the last plan, on the device."""
@@ -246,7 +254,7 @@ class MlxBackend:
         host = mx.array([max(token, 0) for token in last], dtype=mx.int32)
         if PENDING not in last:
             return host
-        places = [self._place(row) if token == PENDING else 0 for row, token in zip(rows, last, strict=True)]
+        places = [self._drawn_rows[row.slot] if token == PENDING else 0 for row, token in zip(rows, last, strict=True)]
         assert self._drawn is not None
         return mx.where(mx.array([t == PENDING for t in last]), self._drawn[mx.array(places)], host)
 
@@ -255,15 +263,10 @@ class MlxBackend:
             return None
         return self._drawn[self._drawn_rows[row.slot]]
 
-    def _place(self, row: PlanRow) -> int:
-        if row.slot not in self._drawn_rows:
-            raise EngineError(f"slot {row.slot} has a pending token but drew none in the plan before")
-        return self._drawn_rows[row.slot]
-
     def _launch(self, outputs: list[mx.array]) -> None:
         """Submit what was built, once what runs is done. The pools are outputs too, or nothing would write them."""
         self._wait()
-        mx.async_eval([*outputs, *self.pool.keys, *self.pool.values])
+        mx.async_eval([*outputs, *self.pool.arrays])
         self._running = True
         if self._synchronous:
             self._wait()
@@ -274,77 +277,16 @@ class MlxBackend:
             mx.synchronize()  # not mx.eval: waiting for an array in flight leaves a reference that costs a copy later
             self._running = False
 
-    def _probe(self) -> None:
-        """Find how a batch can be decoded by running two rows together and apart, on a scratch pool.
-
-        The first way that gives the single rows' logits is kept: separate views, padded copies, or one row at a time.
-        """
-        blocks = -(-(max(PROBE_TOKENS) + 1) // self.info.block_tokens)
-        rows = [
-            PlanRow(i, i, (1,), length, KVRows(tuple(range(i * blocks, (i + 1) * blocks)), True), None)
-            for i, length in enumerate(PROBE_TOKENS)
-        ]
-        vocab = self.model.vocab_size
-        wanted = self._mode
-        for mode in ("single", *(["ragged"] if wanted == "ragged" else []), "gathered"):
-            self._mode = mode
-            try:
-                logits = self._probe_logits(rows, vocab)
-            except Exception as error:
-                if mode == "single":
-                    raise ModelLoadError(f"{self.model.architecture}: one row cannot be decoded: {error}") from error
-                reason = str(error) if isinstance(error, RaggedNotPossible) else f"{type(error).__name__}: {error}"
-                log.info("%s: %s decoding is not possible: %s", self.model.architecture, mode, reason)
-                continue
-            if mode == "single":
-                expected = logits
-            elif mx.all(mx.abs(logits - expected) <= PROBE_TOLERANCE * mx.max(mx.abs(expected))).item():
-                break
-        else:
-            self._mode = "single"
-        if self._mode != "ragged":
-            how = "from padded copies of the KV" if self._mode == "gathered" else "one row at a time"
-            note = f"{self.model.architecture} is decoded {how}: its attention cannot follow separate views"
-            log.warning("%s", note)
-            self.info = replace(self.info, notes=(*self.info.notes, note))
-
-    def _probe_logits(self, rows: list[PlanRow], vocab: int) -> mx.array:
-        blocks = sum(len(row.kv.blocks) for row in rows)
-        pool = RowPool(self.model.layers, blocks, self.info.block_tokens, self._kv_dtype)
-        for row in rows:
-            chunk = Chunk(pool, Span.of(row.kv, self.info.block_tokens), 0, row.start)
-            self._model(mx.array([[(7 * i + 3) % vocab for i in range(row.start)]]), cache=chunk.caches())
-            mx.eval(pool.keys, pool.values)
-        logits = self._forward(pool, rows, [row.start for row in rows], mx.array([5 % vocab, 6 % vocab]))
-        mx.eval(logits)
-        return logits.astype(mx.float32)
-
-    def _self_test(self, num_blocks: int) -> None:
-        """Do the pools stay where they are over a few overlapping steps? If not, overlap costs a copy of every pool."""
-        before = self.pool.addresses()
-        each = -(-SELF_TEST_STEPS // self.info.block_tokens)
-        for step in range(min(SELF_TEST_STEPS, self.pool.num_tokens)):
-            rows = [
-                self._warm_row(i, min(each, num_blocks), (PENDING if step else 0,), step)
-                for i in range(min(2, max(1, num_blocks // each)))
-            ]
-            self.submit(StepPlan(step, tuple(rows)))
-        self._wait()
-        self._drawn, self._drawn_rows = None, {}
-        if self.pool.addresses() != before:
-            self._synchronous = True
-            note = "the KV pools moved in the self-test, so steps do not overlap: every step waits for the one before"
-            log.warning("%s", note)
-            self.info = replace(self.info, notes=(*self.info.notes, note))
-
-    def _run_alone(self, rows: list[PlanRow]) -> None:
-        self.submit(StepPlan(0, tuple(rows)))
+    def _finish_trial(self) -> None:
+        """After plans that no scheduler made: wait, and forget what they drew."""
         self._wait()
         self._drawn, self._drawn_rows = None, {}
 
-    def _warm_row(self, slot: int, blocks: int, tokens: tuple[int, ...], start: int = 0) -> PlanRow:
-        first = slot * blocks
-        return PlanRow(slot, slot, tokens, start, KVRows(tuple(range(first, first + blocks)), True), SampleSpec())
+    def _note(self, note: str | None) -> None:
+        """Tell of a fallback."""
+        if note is not None:
+            log.warning("%s", note)
+            self.info = replace(self.info, notes=(*self.info.notes, note))
 
 
 def release_thread() -> None:

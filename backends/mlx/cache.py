@@ -11,25 +11,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from cortexstream.backends.mlx.attention import Ragged, RaggedNotPossible, Segment
-from cortexstream.backends.mlx.pool import RowPool, Span, row_index
-
-
-class Chunk:
-    """A forward pass over several tokens of one sequence: positions start .. start + length."""
-
-    def __init__(self, pool: RowPool, span: Span, start: int, length: int) -> None:
-        self.pool, self.span, self.start, self.length = pool, span, start, length
-        self._rows: dict[int, mx.array] = {}
-
-    def caches(self) -> list[ChunkCache]:
-        return [ChunkCache(self, layer) for layer in range(len(self.pool.layers))]
-
-    def rows(self, heads: int) -> mx.array:
-        if heads not in self._rows:
-            self._rows[heads] = row_index(self.span, heads, np.arange(self.start, self.start + self.length))
-        return self._rows[heads]
+from cortexstream.backends.mlx.plane import Plane, Span
+from cortexstream.backends.mlx.pool import RowPool, finish, row_index
+from cortexstream.plan import KVRows
 
 
 class _LayerCache:
@@ -37,8 +24,11 @@ class _LayerCache:
 
     def __init__(self, layer: int, pool: RowPool) -> None:
         self.layer = layer
+        self.number = pool.pool_of[layer]
+        self.shape = pool.shapes[self.number]
         self.window = pool.layers[layer].window
         self.heads = pool.layers[layer].num_kv_heads
+        self.planes = pool.keys[layer], pool.values[layer]
 
     def is_trimmable(self) -> bool:
         return False
@@ -47,8 +37,57 @@ class _LayerCache:
         return False
 
 
+class Chunk:
+    """A forward pass over `length` tokens of one sequence, from position `start` on.
+
+    A single token is written and then reads the pool. So do several, unless they overwrite what is in a ring: then
+    attention takes what the ring held, copied by `read_back`, followed by the chunk, and the pool is only written.
+    """
+
+    def __init__(self, pool: RowPool, kv: KVRows, start: int, length: int) -> None:
+        self.pool, self.spans, self.start, self.length = pool, pool.spans(kv), start, length
+        self.end = start + length
+        self._rows: dict[tuple[int, int], mx.array] = {}
+        self._old: dict[int, tuple[list[mx.array], list[mx.array]]] = {}
+
+    def caches(self) -> list[ChunkCache]:
+        return [ChunkCache(self, layer) for layer in range(len(self.pool.layers))]
+
+    def overwrites(self, number: int) -> bool:
+        """Whether pool `number` is a ring in which the chunk's tokens take the places of those they must see."""
+        return self.length > 1 and self.end > self.pool.shapes[number].slots
+
+    @property
+    def needs_read_back(self) -> bool:
+        return self.start > 0 and any(map(self.overwrites, range(len(self.pool.shapes))))
+
+    def read_back(self) -> None:
+        """Copy what the chunk sees of the rings that it overwrites. Nothing may be in flight; this waits for the copies
+        to be done, because a write that meets a reader copies the pool."""
+        for layer, spec in enumerate(self.pool.layers):
+            number = self.pool.pool_of[layer]
+            shape = self.pool.shapes[number]
+            positions = np.arange(shape.first_seen(self.start), self.start)
+            if self.overwrites(number) and positions.size:
+                rows = row_index(self.spans[number], spec.num_kv_heads, positions % shape.slots)
+                self._old[layer] = self.pool.keys[layer].take(rows), self.pool.values[layer].take(rows)
+        finish(*(array for sides in self._old.values() for stored in sides for array in stored))
+
+    def old(self, layer: int) -> tuple[list[mx.array] | None, list[mx.array] | None]:
+        """What was read back of a layer's keys and values, as stored, [heads, positions, ..]."""
+        return self._old.get(layer, (None, None))
+
+    def rows(self, number: int, heads: int) -> mx.array:
+        """Row numbers [heads, written] of the tokens that stay: all, or the last that a ring holds."""
+        if (number, heads) not in self._rows:
+            slots = self.pool.shapes[number].slots
+            positions = np.arange(max(self.start, self.end - slots), self.end)
+            self._rows[number, heads] = row_index(self.spans[number], heads, positions % slots)
+        return self._rows[number, heads]
+
+
 class ChunkCache(_LayerCache):
-    """One layer of a Chunk: the sequence's own K and V as views, attention "causal"."""
+    """One layer of a Chunk: the sequence's own K and V, attention "causal" where that says it all."""
 
     def __init__(self, chunk: Chunk, layer: int) -> None:
         super().__init__(layer, chunk.pool)
@@ -60,25 +99,37 @@ class ChunkCache(_LayerCache):
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Any:
         start, window = self._chunk.start, self.window or window_size
-        first = self._first(self.window)
+        if length == 1 and self.window is not None:
+            first, end = self.shape.in_view(start)
+            if end - first <= self.window and not return_array:
+                return None
+            return mx.array(self.shape.visible(np.array([[start]]), np.arange(first, end)))
         if not return_array and (window is None or start + length <= window):
             return None if length == 1 else "causal"
-        if length == 1 and self.window is not None and not return_array:
-            return None  # the view holds exactly the window
         queries = mx.arange(start, start + length)[:, None]
-        keys = mx.arange(first, start + length)[None]
+        keys = mx.arange(self.shape.first_seen(start), start + length)[None]
         mask = keys <= queries
         return mask if window is None else mask & (keys > queries - window)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        chunk = self._chunk
-        chunk.pool.write(self.layer, chunk.rows(self.heads), keys[0], values[0])
-        first = self._first(self.window)
-        return chunk.pool.view(self.layer, chunk.span, first, chunk.start + chunk.length - first)
+        old_keys, old_values = self._chunk.old(self.layer)
+        k, v = self.planes
+        return self._append(k, keys[0], old_keys), self._append(v, values[0], old_values)
 
-    def _first(self, window: int | None) -> int:
-        """The first position that any of the chunk's queries can see."""
-        return 0 if window is None else max(0, self._chunk.start + 1 - window)
+    def _append(self, plane: Plane, numbers: mx.array, old: list[mx.array] | None) -> mx.array:
+        """Store numbers [heads, length, dim]; returns what attention sees, [1, heads, keys, dim]. The chunk's own
+        tokens are seen as they are stored, so that it makes no difference how a prompt is cut."""
+        chunk = self._chunk
+        rows, stored = chunk.rows(self.number, self.heads), plane.encode(numbers)
+        if not chunk.overwrites(self.number):
+            plane.store(rows, stored)
+            first, end = self.shape.first_seen(chunk.start), chunk.end
+            if chunk.length == 1:
+                first, end = self.shape.in_view(chunk.start)
+            return plane.view(chunk.spans[self.number], first, end - first)
+        plane.store(rows, [array[:, -rows.shape[1] :] for array in stored])
+        seen = plane.decode(stored)
+        return (seen if old is None else mx.concatenate([plane.decode(old), seen], axis=1))[None]
 
 
 class Batch:
@@ -88,40 +139,60 @@ class Batch:
     else keys and values are gathered into padded arrays, which any model accepts and which copies them.
     """
 
-    def __init__(self, pool: RowPool, spans: list[Span], positions: list[int], ragged: bool, grouped: bool) -> None:
-        self.pool, self.spans, self.positions, self.ragged = pool, spans, positions, ragged
+    def __init__(self, pool: RowPool, kv: list[KVRows], positions: list[int], ragged: bool, grouped: bool) -> None:
+        self.pool, self.ragged, self._grouped = pool, ragged, grouped
+        self.positions = np.array(positions)
+        self.spans = list(zip(*(pool.spans(rows) for rows in kv), strict=True))  # [pool][row]
         self.offset = mx.array(positions, dtype=mx.int32)
-        self._rows: dict[int, mx.array] = {}
-        self._groups = _groups(spans) if grouped else [(i, 1) for i in range(len(spans))]
-        self._segments: dict[int | None, list[Segment]] = {}
+        self._rows: dict[tuple[int, int], mx.array] = {}
+        self._segments: dict[int, list[Segment]] = {}
+        self._gather_rows: dict[tuple[int, int], mx.array] = {}
 
     def caches(self) -> list[BatchCache]:
         return [BatchCache(self, layer) for layer in range(len(self.pool.layers))]
 
-    def rows(self, heads: int) -> mx.array:
+    def rows(self, number: int, heads: int) -> mx.array:
         """Row numbers [sequences, heads] of the tokens that are written now."""
-        if heads not in self._rows:
-            first = np.array([s.first * heads + p for s, p in zip(self.spans, self.positions, strict=True)])
-            capacity = np.array([s.capacity for s in self.spans])
-            rows = first[:, None] + np.arange(heads)[None] * capacity[:, None]
-            self._rows[heads] = mx.array(rows.astype(np.int32))
-        return self._rows[heads]
+        if (number, heads) not in self._rows:
+            slots = self.positions[:, None] % self.pool.shapes[number].slots
+            self._rows[number, heads] = self._index(number, heads, slots)[:, :, 0]
+        return self._rows[number, heads]
 
-    def segments(self, window: int | None) -> list[Segment]:
-        """How the rows split into attention calls, and each call's mask; the same for all layers of one window."""
-        if window not in self._segments:
-            self._segments[window] = [self._segment(first, count, window) for first, count in self._groups]
-        return self._segments[window]
+    def segments(self, number: int) -> list[Segment]:
+        """How the rows split into attention calls, and each call's mask; the same for all layers of one pool."""
+        if number not in self._segments:
+            spans = self.spans[number]
+            groups = _groups(spans) if self._grouped else [(row, 1) for row in range(len(spans))]
+            self._segments[number] = [self._segment(number, first, count) for first, count in groups]
+        return self._segments[number]
 
-    def _segment(self, first: int, count: int, window: int | None) -> Segment:
-        ends = [p + 1 for p in self.positions[first : first + count]]
-        starts = [0 if window is None else max(0, end - window) for end in ends]
-        low, high = min(starts), max(ends)
-        valid = None
-        if count > 1:
-            keys = np.arange(low, high)[None]
-            valid = (keys >= np.array(starts)[:, None]) & (keys < np.array(ends)[:, None])
-        return Segment(first, count, low, high - low, None if valid is None or valid.all() else valid)
+    def _segment(self, number: int, first: int, count: int) -> Segment:
+        shape, positions = self.pool.shapes[number], self.positions[first : first + count]
+        views = [shape.in_view(int(position)) for position in positions]
+        low, high = min(start for start, _ in views), max(end for _, end in views)
+        if high - low <= shape.window and len(set(views)) == 1:
+            return Segment(first, count, low, high - low, None)
+        return Segment(first, count, low, high - low, shape.visible(positions[:, None], np.arange(low, high)[None]))
+
+    def gathered(self, number: int) -> npt.NDArray[np.int64]:
+        """Positions [sequences, length] that a padded array holds; negative ones are padding."""
+        ends = self.positions + 1
+        length = min(int(ends.max()), self.pool.shapes[number].window)
+        positions = np.maximum(ends - length, 0)[:, None] + np.arange(length)[None]
+        return np.where(positions < ends[:, None], positions, -1)
+
+    def gather_rows(self, number: int, heads: int) -> mx.array:
+        """Row numbers [sequences, heads, length]; padding repeats position 0, which is finite, and is masked."""
+        if (number, heads) not in self._gather_rows:
+            slots = np.maximum(self.gathered(number), 0) % self.pool.shapes[number].slots
+            self._gather_rows[number, heads] = self._index(number, heads, slots)
+        return self._gather_rows[number, heads]
+
+    def _index(self, number: int, heads: int, slots: npt.NDArray[np.int64]) -> mx.array:
+        """Row numbers [sequences, heads, n] of each sequence's `slots` [sequences, n]."""
+        first, capacity = np.array(self.spans[number]).T[:, :, None, None]
+        rows = first * heads + np.arange(heads)[None, :, None] * capacity + slots[:, None, :]
+        return mx.array(rows.astype(np.int32))
 
 
 class BatchCache(_LayerCache):
@@ -142,42 +213,27 @@ class BatchCache(_LayerCache):
             if return_array or (self.window is None and window_size is not None):
                 raise RaggedNotPossible("the model wants its mask as an array")
             return None
-        positions = self._gathered()
-        mask = (positions >= 0) & (positions <= np.array(self._batch.positions)[:, None])
+        positions, last = self._batch.gathered(self.number), self._batch.positions[:, None]
+        mask = (positions >= 0) & (positions <= last)
         if self.window is None and window_size is not None:
-            mask &= positions > np.array(self._batch.positions)[:, None] - window_size
+            mask &= positions > last - window_size
         return mx.array(mask)[:, None, None, :]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        batch, pool = self._batch, self._batch.pool
-        pool.write(self.layer, batch.rows(self.heads), keys[:, :, 0], values[:, :, 0])
+        k, v = self.planes
+        return self._append(k, keys[:, :, 0]), self._append(v, values[:, :, 0])
+
+    def _append(self, plane: Plane, numbers: mx.array) -> Ragged | mx.array:
+        """Store numbers [sequences, heads, dim], and read what attention sees."""
+        batch = self._batch
+        plane.store(batch.rows(self.number, self.heads), plane.encode(numbers))
         if not batch.ragged:
-            return self._gather()
-        segments = batch.segments(self.window)
-        views = [pool.view(self.layer, batch.spans[s.first], s.start, s.length, s.rows) for s in segments]
-        return Ragged([k for k, _ in views], segments), Ragged([v for _, v in views], segments)
-
-    def _gathered(self) -> np.ndarray:
-        """Positions [sequences, length] that a padded array holds; negative ones are padding."""
-        ends = np.array(self._batch.positions) + 1
-        length = int(ends.max()) if self.window is None else min(int(ends.max()), self.window)
-        starts = np.zeros_like(ends) if self.window is None else np.maximum(ends - length, 0)
-        positions = starts[:, None] + np.arange(length)[None]
-        return np.where(positions < ends[:, None], positions, -1)
-
-    def _gather(self) -> tuple[mx.array, mx.array]:
-        """Padded copies [sequences, heads, length, dim]; padding repeats position 0, which is finite, and is masked."""
-        positions = np.maximum(self._gathered(), 0)
-        first = np.array([s.first for s in self._batch.spans]) * self.heads
-        capacity = np.array([s.capacity for s in self._batch.spans])
-        heads = np.arange(self.heads)[None, :] * capacity[:, None]
-        index = first[:, None, None] + heads[:, :, None] + positions[:, None, :]
-        rows = mx.array(index.astype(np.int32))
-        pool = self._batch.pool
-        return mx.take(pool.keys[self.layer], rows, axis=0), mx.take(pool.values[self.layer], rows, axis=0)
+            return plane.decode(plane.take(batch.gather_rows(self.number, self.heads)))
+        segments, spans = batch.segments(self.number), batch.spans[self.number]
+        return Ragged([plane.view(spans[s.first], s.start, s.length, s.rows) for s in segments], segments)
 
 
-def _groups(spans: list[Span]) -> list[tuple[int, int]]:
+def _groups(spans: tuple[Span, ...]) -> list[tuple[int, int]]:
     """(first row, count) of neighbours with equal capacity; rows are sorted by where their runs lie."""
     groups: list[tuple[int, int]] = []
     for row, span in enumerate(spans):

@@ -13,6 +13,7 @@ from mlx_lm.utils import load_model
 
 from cortexstream.backend import LayerKV, ModelInfo
 from cortexstream.backends.common.checkpoint import check_weights, eos_token_ids, read_config
+from cortexstream.backends.common.kv_format import kv_quantization
 from cortexstream.backends.common.layers import windows_of
 from cortexstream.errors import ModelLoadError
 
@@ -28,14 +29,15 @@ what the cache shows."""
 class LoadedModel(NamedTuple):
     model: nn.Module
     info: ModelInfo
-    kv_dtype: mx.Dtype
+    kv_dtype: mx.Dtype  # of keys and values, or of their scales where they are quantised
 
 
-def load(folder: Path, dtype: str) -> LoadedModel:
-    """Load a Hugging Face or mlx-lm folder, quantised or not, in `dtype` ("auto": the checkpoint's, float32 on a CPU).
+def load(folder: Path, dtype: str, kv_dtype: str = "auto") -> LoadedModel:
+    """Load a Hugging Face or mlx-lm folder, quantised or not, in `dtype` ("auto": the checkpoint's, float32 on a CPU),
+    for keys and values in `kv_dtype` ("auto": the type that the model computes them in; int8, int4).
 
     Raises ModelLoadError for a broken folder, an unknown architecture, or one whose layers keep a state other than
-    plain or sliding-window keys and values.
+    plain or sliding-window keys and values, or keys and values that cannot be quantised.
     """
     config = read_config(folder)
     check_weights(folder)
@@ -50,11 +52,11 @@ def load(folder: Path, dtype: str) -> LoadedModel:
         mx.eval(model.parameters())
     except Exception as error:
         raise ModelLoadError(f"{folder}: mlx-lm cannot load this {architecture} model: {_short(error)}") from error
-    return describe(model, config, architecture, eos, str(folder))
+    return describe(model, config, architecture, eos, str(folder), kv_dtype)
 
 
 def describe(
-    model: nn.Module, config: dict[str, Any], architecture: str, eos: frozenset[int], name: str
+    model: nn.Module, config: dict[str, Any], architecture: str, eos: frozenset[int], name: str, kv_dtype: str
 ) -> LoadedModel:
     """Learn the KV geometry by running one token through mlx-lm's own caches."""
     caches = make_prompt_cache(model)
@@ -81,13 +83,18 @@ def describe(
         LayerKV(c.keys.shape[1], c.keys.shape[3], c.values.shape[3], window)
         for c, window in zip(caches, windows, strict=True)
     )
-    kv_dtype = caches[0].keys.dtype
+    stored = caches[0].keys.dtype
+    try:
+        quantization = kv_quantization(kv_dtype, layers)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{name}: {architecture}: {error}") from error
     info = ModelInfo(
         architecture=architecture, vocab_size=logits.shape[-1], max_context_tokens=_context(model, config, name),
-        eos_token_ids=eos, layers=layers, kv_item_bytes=kv_dtype.size,
+        eos_token_ids=eos, layers=layers, kv_item_bytes=stored.size,
         weight_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
+        kv_quantization=quantization,
     )  # fmt: skip
-    return LoadedModel(model, info, kv_dtype)
+    return LoadedModel(model, info, stored)
 
 
 def _rope_as_mlx_lm_reads_it(config: dict[str, Any]) -> dict[str, Any]:

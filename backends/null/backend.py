@@ -2,16 +2,32 @@
 
 A wrong block, a stale block, a missed write or a missed move changes the tokens. KV[p] depends on KV[p - 1], so a
 cache that matched the wrong prefix cannot hide either. In the "run" layout entries are stored at an offset that
-depends on the run's capacity, as a head-major layout does: a run that grows in place without a move is caught.
+depends on the run's capacity, as a head-major layout does: a run that grows in place without a move is caught. With
+the option `window` a second layer keeps its last entries in a ring, and every token depends on those, too.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from cortexstream.backend import BackendInfo, BackendOptions, LayerKV, ModelInfo, WarmupReport
+import numpy as np
+
+from cortexstream.backend import BackendInfo, BackendOptions, LayerKV, LayerState, ModelInfo, WarmupReport
 from cortexstream.errors import EngineError
-from cortexstream.plan import PENDING, KVRows, Move, PlanRow, RowResult, SampleSpec, StepPlan, StepResult
+from cortexstream.plan import (
+    PENDING,
+    KVRows,
+    MemoryOp,
+    Move,
+    PlanRow,
+    RowResult,
+    SampleSpec,
+    StepPlan,
+    StepResult,
+    SwapIn,
+    SwapOut,
+    ring_tokens,
+)
 
 MASK = (1 << 64) - 1
 EMPTY = -1
@@ -22,11 +38,15 @@ def mix(state: int, value: int) -> int:
     return ((state ^ (value + 1)) * 1099511628211) & MASK
 
 
-def next_token(context: list[int], spec: SampleSpec, vocab_size: int) -> int:
+def next_token(context: list[int], spec: SampleSpec, vocab_size: int, window: int | None = None) -> int:
     """What the null model draws after `context`: the dense answer that the backend must agree with."""
     entry = summary = 0
+    entries = []
     for token in context:
         entry = mix(entry, token)
+        summary = mix(summary, entry)
+        entries.append(entry)
+    for entry in entries[-window:] if window else ():
         summary = mix(summary, entry)
     return draw(summary, len(context), spec, vocab_size)
 
@@ -45,11 +65,14 @@ class NullTicket(NamedTuple):
 
 
 class NullBackend:
-    """See the module's docstring. Options in `extra`: vocab_size, max_context_tokens, memory_bytes, eos_token_id."""
+    """See the module's docstring. Options in `extra`: vocab_size, max_context_tokens, memory_bytes, eos_token_id,
+    window."""
 
     def __init__(self, options: BackendOptions) -> None:
         extra = dict(options.extra)
         self._vocab_size = int(extra.pop("vocab_size", 97))
+        window = extra.pop("window", None)
+        self._window = None if window is None else int(window)
         eos = extra.pop("eos_token_id", None)
         layout = options.kv_layout or "run"
         self.info = BackendInfo(
@@ -57,23 +80,26 @@ class NullBackend:
             memory_bytes=int(extra.pop("memory_bytes", 1 << 24)), dtype="int64",
         )  # fmt: skip
         self.model = ModelInfo(
-            architecture="null", vocab_size=self._vocab_size, layers=(LayerKV(1, 1, 1),), kv_item_bytes=8,
-            weight_bytes=0, max_context_tokens=int(extra.pop("max_context_tokens", 4096)), eos_token_ids=frozenset()
+            architecture="null", vocab_size=self._vocab_size, kv_item_bytes=8, weight_bytes=0,
+            layers=(LayerKV(1, 1, 1),) if window is None else (LayerKV(1, 1, 1), LayerKV(1, 1, 1, self._window)), max_context_tokens=int(extra.pop("max_context_tokens", 4096)), eos_token_ids=frozenset()
             if eos is None else frozenset([int(eos)]),
         )  # fmt: skip
         if extra:
             raise EngineError(f"the null backend has no option {sorted(extra)[0]!r}")
-        self._kv: list[int] = []
+        self._pools: list[list[int]] = []
+        self._swapped: dict[int, tuple[list[int], ...]] = {}
         self._drawn: dict[int, int] = {}  # slot -> token of the last plan
         self._last_collected = 0
 
-    def allocate_kv(self, num_blocks: int) -> int:
-        self._kv = [EMPTY] * (num_blocks * self.info.block_tokens)
-        return len(self._kv) * self.model.kv_bytes_per_token
+    def allocate_kv(self, num_blocks: int, ring_blocks: tuple[int, ...] = ()) -> int:
+        if len(ring_blocks) != len(self.model.windows):
+            raise EngineError(f"ring_blocks has {len(ring_blocks)} numbers for {len(self.model.windows)} windows")
+        self._pools = [[EMPTY] * (blocks * self.info.block_tokens) for blocks in (num_blocks, *ring_blocks)]
+        return sum(len(p) * b for p, b in zip(self._pools, self.model.pool_bytes_per_token, strict=True))
 
     def submit(self, plan: StepPlan) -> NullTicket:
-        for move in plan.moves:
-            self._move(move)
+        for op in plan.moves:
+            self._execute(op)
         resolved = [self._resolve(row) for row in plan.rows]
         for row, tokens in zip(plan.rows, resolved, strict=True):  # every row writes before any row reads
             self._write(row, tokens)
@@ -90,6 +116,21 @@ class NullBackend:
 
     def reset(self) -> None:
         self._drawn = {}
+        self._swapped = {}
+
+    def read_kv(self, kv: KVRows, num_tokens: int) -> list[LayerState]:
+        """Each 64-bit entry as two float32 of the same bits, one for the key and one for the value."""
+        states = [self._state(kv, range(num_tokens), 0)]
+        if self._window is not None:
+            states.append(self._state(kv, range(max(0, num_tokens - self._window), num_tokens), 1))
+        return states
+
+    def write_kv(self, kv: KVRows, num_tokens: int, layers: list[LayerState]) -> None:
+        for pool, state in enumerate(layers):
+            words = np.concatenate([state.keys.reshape(-1, 1), state.values.reshape(-1, 1)], axis=1)
+            entries = np.ascontiguousarray(words).view(np.uint64)[:, 0].tolist()
+            for position, entry in zip(range(num_tokens - len(entries), num_tokens), entries, strict=True):
+                self._pools[pool][self._address(kv, position, pool)] = entry
 
     def warmup(self, prompt_tokens: int, batch: int) -> WarmupReport:
         return WarmupReport(())
@@ -98,7 +139,7 @@ class NullBackend:
         return []
 
     def close(self) -> None:
-        self._kv = []
+        self._pools = []
 
     def _resolve(self, row: PlanRow) -> list[int]:
         tokens = list(row.tokens)
@@ -114,7 +155,8 @@ class NullBackend:
         entry = self._read(row.kv, row.start - 1) if row.start else 0
         for position, token in enumerate(tokens, row.start):
             entry = mix(entry, token)
-            self._kv[self._address(row.kv, position)] = entry
+            for pool in range(len(self._pools)):
+                self._pools[pool][self._address(row.kv, position, pool)] = entry
 
     def _draw(self, row: PlanRow) -> RowResult:
         assert row.sample is not None
@@ -124,30 +166,69 @@ class NullBackend:
         summary = 0
         for position in range(end):
             summary = mix(summary, self._read(row.kv, position))
+        for position in range(max(0, end - self._window), end) if self._window else ():
+            summary = mix(summary, self._read(row.kv, position, 1))
         token = draw(summary, end, row.sample, self._vocab_size)
         return RowResult(row.seq_id, token, None if row.sample.logprobs is None else -float(token))
 
-    def _move(self, move: Move) -> None:
-        source = KVRows(tuple(range(move.source, move.source + move.source_blocks)), True)
-        target = KVRows(tuple(range(move.target, move.target + move.target_blocks)), True)
-        entries = [self._read(source, position) for position in range(move.num_tokens)]
-        for position, entry in enumerate(entries):
-            self._kv[self._address(target, position)] = entry
+    def _execute(self, op: MemoryOp) -> None:
+        if isinstance(op, Move):
+            self._move(op)
+        elif isinstance(op, SwapOut):
+            if op.key in self._swapped:
+                raise EngineError(f"a copy is kept under {op.key} already")
+            self._swapped[op.key] = tuple(
+                [self._pools[pool][self._place(rows, slot)] for slot in range(slots)]
+                for pool, rows, slots in self._held(op.kv, op.num_tokens)
+            )
+        else:
+            copies = self._swapped.pop(op.key)
+            if isinstance(op, SwapIn):
+                for (pool, rows, _), copy in zip(self._held(op.kv, op.num_tokens), copies, strict=True):
+                    for slot, entry in enumerate(copy):
+                        self._pools[pool][self._place(rows, slot)] = entry
 
-    def _read(self, kv: KVRows, position: int) -> int:
-        entry = self._kv[self._address(kv, position)]
+    def _held(self, kv: KVRows, num_tokens: int) -> list[tuple[int, KVRows, int]]:
+        """(pool, rows, slots in use) of a sequence of so many tokens."""
+        held = [(0, kv, num_tokens)]
+        if self._window is not None:
+            held.append((1, kv.rings[0], min(num_tokens, ring_tokens(self._window, self.info.block_tokens))))
+        return held
+
+    def _move(self, move: Move) -> None:
+        contiguous = self.info.kv_layout == "run"
+        source = KVRows(tuple(range(move.source, move.source + move.source_blocks)), contiguous)
+        target = KVRows(tuple(range(move.target, move.target + move.target_blocks)), contiguous)
+        pool = self._pools[move.pool]
+        entries = [pool[self._place(source, slot)] for slot in range(move.num_tokens)]
+        for slot, entry in enumerate(entries):
+            pool[self._place(target, slot)] = entry
+
+    def _read(self, kv: KVRows, position: int, pool: int = 0) -> int:
+        entry = self._pools[pool][self._address(kv, position, pool)]
         if entry == EMPTY:
             raise EngineError(f"position {position} was never written")
         return entry
 
-    def _address(self, kv: KVRows, position: int) -> int:
-        block, offset = divmod(position, self.info.block_tokens)
-        if block >= len(kv.blocks):
-            raise EngineError(f"position {position} is outside the {len(kv.blocks)} blocks of its row")
-        if not kv.contiguous:
-            return kv.blocks[block] * self.info.block_tokens + offset
-        capacity = len(kv.blocks) * self.info.block_tokens
-        return kv.blocks[0] * self.info.block_tokens + (capacity - 1 - position)
+    def _state(self, kv: KVRows, positions: range, pool: int) -> LayerState:
+        entries = np.array([self._read(kv, position, pool) for position in positions], np.uint64)
+        words = entries.view(np.float32).reshape(-1, 2)
+        return LayerState(words[:, :1, None].copy(), words[:, 1:, None].copy())
+
+    def _address(self, kv: KVRows, position: int, pool: int = 0) -> int:
+        if pool == 0:
+            return self._place(kv, position)
+        assert self._window is not None
+        return self._place(kv.rings[pool - 1], position % ring_tokens(self._window, self.info.block_tokens))
+
+    def _place(self, rows: KVRows, slot: int) -> int:
+        block, offset = divmod(slot, self.info.block_tokens)
+        if block >= len(rows.blocks):
+            raise EngineError(f"slot {slot} is outside the {len(rows.blocks)} blocks of its row")
+        if not rows.contiguous:
+            return rows.blocks[block] * self.info.block_tokens + offset
+        capacity = len(rows.blocks) * self.info.block_tokens
+        return rows.blocks[0] * self.info.block_tokens + (capacity - 1 - slot)
 
 
 def available() -> str | None:

@@ -11,16 +11,25 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cortexstream.backend import BackendInfo, BackendOptions, LayerKV, ModelInfo, Ticket, WarmupReport
+from cortexstream.backend import (
+    BackendInfo,
+    BackendOptions,
+    LayerKV,
+    LayerState,
+    ModelInfo,
+    Ticket,
+    WarmupReport,
+)
 from cortexstream.backends.common.affine import dense_weights
 from cortexstream.backends.common.checkpoint import eos_token_ids, read_config, read_weights
 from cortexstream.backends.common.draw import draw_rows
+from cortexstream.backends.common.kv_format import kv_quantization
 from cortexstream.backends.common.memory import host_memory_bytes
+from cortexstream.backends.reference.attend import Span, StepAttention
+from cortexstream.backends.reference.memory import KVMemory
 from cortexstream.backends.reference.model import Model
-from cortexstream.backends.reference.pool import KVPool
 from cortexstream.backends.reference.settings import Settings, settings_from
 from cortexstream.errors import EngineError, InvalidRequestError, ModelLoadError
-from cortexstream.kernels.reference.attention import attention
 from cortexstream.plan import PENDING, KVRows, PlanRow, RowResult, SampleSpec, StepPlan, StepResult
 
 Floats = npt.NDArray[np.float32]
@@ -77,7 +86,7 @@ class ReferenceBackend:
         settings = settings_from(config)
         eos = eos_token_ids(folder, config)
         self._model: Model | None = Model(settings, dense_weights(read_weights(folder), config))
-        self.model = _model_info(settings, eos, self._model.weight_bytes)
+        self.model = _model_info(settings, eos, self._model.weight_bytes, options.kv_dtype)
         self.info = BackendInfo(
             name="reference",
             device="CPU (numpy)",
@@ -88,18 +97,19 @@ class ReferenceBackend:
             memory_share=0.25,  # the host has other work, too
         )
         self._settings = settings
-        self._pool: KVPool | None = None
+        self._memory: KVMemory | None = None
         self._in_flight: deque[ReferenceTicket] = deque()
         self._last_step: int | None = None
         self._drawn: dict[int, RowResult] = {}  # slot -> what it drew in the plan submitted last
 
-    def allocate_kv(self, num_blocks: int) -> int:
+    def allocate_kv(self, num_blocks: int, ring_blocks: tuple[int, ...] = ()) -> int:
         """Make the zero-filled KV pools; returns their bytes. Raises OutOfMemoryBudgetError, EngineError if misused."""
         self._loaded()
-        if self._pool is not None:
-            raise EngineError(f"the KV memory was allocated already, with {self._pool.num_blocks} blocks")
-        self._pool = KVPool(self.model.layers, num_blocks, self.info.block_tokens, host_memory_bytes())
-        return self._pool.nbytes
+        if self._memory is not None:
+            raise EngineError(f"the KV memory was allocated already, with {self._memory.num_blocks} blocks")
+        blocks = (num_blocks, *ring_blocks)
+        self._memory = KVMemory(self.model, blocks, self.info.block_tokens, host_memory_bytes())
+        return self._memory.nbytes
 
     def submit(self, plan: StepPlan) -> ReferenceTicket:
         """Run the plan. Raises EngineError, before anything is written, for a plan that breaks the contract."""
@@ -108,8 +118,8 @@ class ReferenceBackend:
             raise EngineError(f"step {plan.step} was submitted while {MAX_IN_FLIGHT} steps wait to be collected")
         if self._last_step is not None and plan.step <= self._last_step:
             raise EngineError(f"step {plan.step} was submitted after step {self._last_step}; steps must rise")
-        results = self._run(plan)
-        ticket = ReferenceTicket(plan.step, StepResult(plan.step, tuple(results.values())))
+        results, swap_s = self._run(plan)
+        ticket = ReferenceTicket(plan.step, StepResult(plan.step, tuple(results.values()), swap_s))
         self._drawn, self._last_step = results, plan.step
         self._in_flight.append(ticket)
         return ticket
@@ -124,8 +134,7 @@ class ReferenceBackend:
 
     def warmup(self, prompt_tokens: int, batch: int) -> WarmupReport:
         """Run a prefill of `prompt_tokens` and one decode step of `batch` rows; overwrites blocks from 0 on."""
-        pool = self._ready()
-        capacity = pool.num_blocks * pool.block_tokens
+        kv, capacity = self._ready().whole()
         if not 1 <= prompt_tokens < capacity or batch < 1:
             raise EngineError(
                 f"a warm-up of {prompt_tokens} prompt tokens and {batch} rows needs 1 to {capacity - 1} prompt tokens "
@@ -133,7 +142,7 @@ class ReferenceBackend:
             )
         if self._in_flight:
             raise EngineError(f"warm-up needs an idle backend; step {self._in_flight[0].step} waits to be collected")
-        kv, spec = KVRows(tuple(range(pool.num_blocks)), True), SampleSpec()
+        spec = SampleSpec()
         prefill = PlanRow(0, 0, (0,) * prompt_tokens, 0, kv, spec)
         # The rows may share their block: what the tokens are does not matter here.
         decode = [PlanRow(slot, slot, (0,), prompt_tokens, kv, spec) for slot in range(batch)]
@@ -147,28 +156,36 @@ class ReferenceBackend:
     def reset(self) -> None:
         self._in_flight.clear()
         self._drawn = {}
+        if self._memory is not None:
+            self._memory.forget()
+
+    def read_kv(self, kv: KVRows, num_tokens: int) -> list[LayerState]:
+        """Copies. Raises EngineError when the blocks do not hold so many tokens."""
+        return self._ready().read(kv, num_tokens)
+
+    def write_kv(self, kv: KVRows, num_tokens: int, layers: list[LayerState]) -> None:
+        """Raises EngineError, before anything is written, for arrays or blocks that do not fit."""
+        self._ready().write(kv, num_tokens, layers)
 
     def memory_addresses(self) -> list[int]:
         return []  # numpy writes in place, always
 
     def close(self) -> None:
         """Drop weights and KV. Idempotent."""
-        self._model = self._pool = None
+        self._model = self._memory = None
         self._in_flight.clear()
 
-    def _run(self, plan: StepPlan) -> dict[int, RowResult]:
-        """One step: check, moves, forward, draws. Returns slot -> result in the order of the plan."""
-        pool = self._ready()
-        live, failed = self._resolve(plan, pool)
-        for move in plan.moves:
-            pool.check_move(move)
-        for move in plan.moves:
-            pool.move(move)
-        drawn = self._draw(live, self._forward(live, pool)) if live else {}
+    def _run(self, plan: StepPlan) -> tuple[dict[int, RowResult], float]:
+        """One step: check, moves, forward, draws. Returns slot -> result in the order of the plan, and swap seconds."""
+        memory = self._ready()
+        live, failed = self._resolve(plan, memory)
+        memory.check_ops(plan.moves)
+        swap_s = memory.execute(plan.moves)
+        drawn = self._draw(live, self._forward(live, memory)) if live else {}
         found = {**drawn, **failed}
-        return {row.slot: found[row.slot] for row in plan.rows if row.sample is not None}
+        return {row.slot: found[row.slot] for row in plan.rows if row.sample is not None}, swap_s
 
-    def _resolve(self, plan: StepPlan, pool: KVPool) -> tuple[list[LiveRow], dict[int, RowResult]]:
+    def _resolve(self, plan: StepPlan, memory: KVMemory) -> tuple[list[LiveRow], dict[int, RowResult]]:
         """Put drawn tokens for PENDING. A row whose last draw failed fails too, and alone; the others are live."""
         slots = [row.slot for row in plan.rows]
         if len(set(slots)) != len(slots):
@@ -187,7 +204,7 @@ class ReferenceBackend:
                 raise EngineError(
                     f"row {row.seq_id} feeds {outside or 'no'} tokens; ids are 0 to {self.model.vocab_size - 1}"
                 )
-            pool.slots(row.kv, row.start, len(tokens))
+            memory.check_row(row.kv, row.start, len(tokens))
             if last is not None and row.sample is not None:
                 spec = row.sample._replace(output_tokens=_fill(row.sample.output_tokens, last.token))
                 if PENDING in spec.output_tokens:
@@ -208,24 +225,12 @@ class ReferenceBackend:
             )
         return result
 
-    def _forward(self, live: Sequence[LiveRow], pool: KVPool) -> Floats:
+    def _forward(self, live: Sequence[LiveRow], memory: KVMemory) -> Floats:
         """All rows' tokens through the model at once; returns the normalised hidden states [N, hidden]."""
         tokens = np.concatenate([np.array(item.tokens) for item in live])
         positions = np.concatenate([item.row.start + np.arange(len(item.tokens)) for item in live])
-        slots = [pool.slots(item.row.kv, item.row.start, len(item.tokens)) for item in live]
-        scale = self._settings.head_dim**-0.5
-
-        def attend(layer: int, q: Floats, k: Floats, v: Floats) -> Floats:
-            for item, where in zip(live, slots, strict=True):
-                pool.append(layer, where, k[item.where], v[item.where])
-            window = self._settings.windows[layer]
-            parts = []
-            for item in live:  # every row has written by now: one may read what another wrote in this step
-                keys, values = pool.read(layer, item.row.kv, item.row.start + len(item.tokens))
-                parts.append(attention(q[item.where], keys, values, item.row.start, scale, window))
-            return np.concatenate(parts)
-
-        return self._loaded().hidden(tokens, positions, attend)
+        spans = [Span(item.row.kv, item.row.start, item.where) for item in live]
+        return self._loaded().hidden(tokens, positions, StepAttention(memory, spans, self._settings.head_dim**-0.5))
 
     def _draw(self, live: Sequence[LiveRow], hidden: Floats) -> dict[int, RowResult]:
         """Logits and draws of the rows that sample, each from its last token."""
@@ -242,11 +247,11 @@ class ReferenceBackend:
             raise EngineError("the backend is closed")
         return self._model
 
-    def _ready(self) -> KVPool:
+    def _ready(self) -> KVMemory:
         self._loaded()
-        if self._pool is None:
+        if self._memory is None:
             raise EngineError("allocate_kv must be called before the first plan")
-        return self._pool
+        return self._memory
 
 
 def _fill(tokens: tuple[int, ...], token: int) -> tuple[int, ...]:
@@ -254,14 +259,16 @@ def _fill(tokens: tuple[int, ...], token: int) -> tuple[int, ...]:
     return (*tokens[:-1], token) if tokens and tokens[-1] == PENDING else tokens
 
 
-def _model_info(settings: Settings, eos: frozenset[int], weight_bytes: int) -> ModelInfo:
+def _model_info(settings: Settings, eos: frozenset[int], weight_bytes: int, kv_dtype: str) -> ModelInfo:
     dim = settings.head_dim
+    layers = tuple(LayerKV(settings.num_kv_heads, dim, dim, window) for window in settings.windows)
     return ModelInfo(
         architecture=settings.family,
         vocab_size=settings.vocab_size,
         max_context_tokens=settings.max_context_tokens,
         eos_token_ids=eos,
-        layers=tuple(LayerKV(settings.num_kv_heads, dim, dim, window) for window in settings.windows),
+        layers=layers,
         kv_item_bytes=4,
         weight_bytes=weight_bytes,
+        kv_quantization=kv_quantization(kv_dtype, layers),
     )

@@ -1,75 +1,101 @@
-"""The KV memory: per layer one pool of keys and one of values, a slot per token."""
+"""The KV memory of one kind of layer: blocks of slots, a slot per token."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cortexstream.backend import LayerKV
-from cortexstream.errors import EngineError, OutOfMemoryBudgetError
-from cortexstream.kernels.reference.kv_append import kv_append
-from cortexstream.plan import KVRows, Move
+from cortexstream.backend import KVQuantization, LayerKV
+from cortexstream.backends.reference.store import DenseStore, QuantizedStore, Slots, Store
+from cortexstream.errors import EngineError
+from cortexstream.plan import KVRows, Move, ring_tokens
 
+Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 
 class KVPool:
-    """`num_blocks` blocks of `block_tokens` slots; the token in block b at offset o has slot b * block_tokens + o.
+    """`num_blocks` blocks of `block_tokens` slots; offset o of block b is slot b * block_tokens + o of every layer.
 
-    Token-major, float32 [slots, heads, dim]: a run's layout does not depend on its capacity, so one that grew in place
-    needs no move. Raises OutOfMemoryBudgetError when the host has less than `memory_bytes` asks for.
+    Token-major, [slots, heads, ...]: a run's layout does not depend on its capacity, so one that grew or shrank in
+    place needs no move. With a `window` a row's positions go round a ring of `ring_tokens` slots.
     """
 
-    def __init__(self, layers: tuple[LayerKV, ...], num_blocks: int, block_tokens: int, memory_bytes: int) -> None:
-        if num_blocks < 1:
-            raise EngineError(f"{num_blocks} KV blocks were asked for; at least 1 is needed")
-        self.num_blocks, self.block_tokens = num_blocks, block_tokens
-        slots = num_blocks * block_tokens
-        self.nbytes = sum(4 * slots * layer.num_kv_heads * (layer.key_dim + layer.value_dim) for layer in layers)
-        if self.nbytes > memory_bytes:
-            raise OutOfMemoryBudgetError(
-                f"{num_blocks} KV blocks of {block_tokens} tokens take {self.nbytes} bytes; the host has "
-                f"{memory_bytes}; ask for at most {memory_bytes * num_blocks // self.nbytes} blocks"
-            )
-        try:
-            self._keys = [_touched_zeros(slots, layer.num_kv_heads, layer.key_dim) for layer in layers]
-            self._values = [_touched_zeros(slots, layer.num_kv_heads, layer.value_dim) for layer in layers]
-        except MemoryError:
-            raise OutOfMemoryBudgetError(f"the host refused {self.nbytes} bytes for {num_blocks} KV blocks") from None
+    def __init__(
+        self, layers: Mapping[int, LayerKV], num_blocks: int, block_tokens: int, window: int | None = None,
+        quantization: KVQuantization | None = None,
+    ) -> None:  # fmt: skip
+        self.num_blocks, self.block_tokens, self.window = num_blocks, block_tokens, window
+        self.ring_tokens = None if window is None else ring_tokens(window, block_tokens)
 
-    def slots(self, kv: KVRows, start: int, count: int) -> npt.NDArray[np.int64]:
-        """The slots of positions start .. start + count - 1. Raises EngineError when the blocks do not hold them."""
-        if not kv.blocks or start < 0 or start + count > len(kv.blocks) * self.block_tokens:
-            raise EngineError(
-                f"positions {start} to {start + count - 1} are outside {len(kv.blocks)} blocks of {self.block_tokens} "
-                f"tokens"
-            )
-        outside = [block for block in kv.blocks if not 0 <= block < self.num_blocks]
-        if outside:
-            raise EngineError(f"block {outside[0]} is outside the {self.num_blocks} blocks of the KV memory")
+        def store(heads: int, dim: int) -> Store:
+            slots = num_blocks * block_tokens
+            if quantization is None:
+                return DenseStore(slots, heads, dim)
+            return QuantizedStore(slots, heads, dim, quantization)
+
+        self._keys = {number: store(layer.num_kv_heads, layer.key_dim) for number, layer in layers.items()}
+        self._values = {number: store(layer.num_kv_heads, layer.value_dim) for number, layer in layers.items()}
+        self._parts = [part for side in (self._keys, self._values) for held in side.values() for part in held.parts]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self._parts)
+
+    def held(self, num_tokens: int) -> int:
+        """Slots that a row of `num_tokens` tokens uses."""
+        return num_tokens if self.ring_tokens is None else min(num_tokens, self.ring_tokens)
+
+    def slots(self, kv: KVRows, start: int, count: int) -> Slots:
+        """The slots of positions start .. start + count - 1; no slot comes twice if count is at most a ring's slots.
+
+        Raises EngineError when the blocks do not hold positions 0 .. start + count - 1, or the ring's part of them.
+        """
+        self._check(kv, start, count)
         positions = np.arange(start, start + count)
-        if kv.contiguous:
-            return kv.blocks[0] * self.block_tokens + positions
-        return np.array(kv.blocks)[positions // self.block_tokens] * self.block_tokens + positions % self.block_tokens
+        return self._where(kv, positions if self.ring_tokens is None else positions % self.ring_tokens)
 
-    def append(self, layer: int, slots: npt.NDArray[np.int64], k: Floats, v: Floats) -> None:
+    def where(self, kv: KVRows, start: int, count: int) -> slice | Slots:
+        """The same slots, as a slice if they are adjacent and rising."""
+        slots = self.slots(kv, start, count)
+        if count and kv.contiguous and slots[-1] - slots[0] == count - 1:
+            return slice(slots[0], slots[0] + count)
+        return slots
+
+    def append(self, layer: int, slots: Slots, k: Floats, v: Floats) -> None:
         """Write k and v [T, heads, dim] into `slots` [T]."""
-        kv_append(self._keys[layer], slots, k)
-        kv_append(self._values[layer], slots, v)
+        self._keys[layer].append(slots, k)
+        self._values[layer].append(slots, v)
 
-    def read(self, layer: int, kv: KVRows, length: int) -> tuple[Floats, Floats]:
-        """Keys and values of positions 0 .. length - 1, [length, heads, dim]; views if the row is contiguous."""
-        slots = self.slots(kv, 0, length)
-        where = slice(slots[0], slots[-1] + 1) if kv.contiguous else slots
-        return self._keys[layer][where], self._values[layer][where]
+    def read(self, layer: int, where: slice | Slots) -> tuple[Floats, Floats]:
+        """Keys and values in these slots, [T, heads, dim]; views of a slice if they are stored as float32."""
+        return self._keys[layer].read(where), self._values[layer].read(where)
+
+    def rounded(self, layer: int, k: Floats, v: Floats) -> tuple[Floats, Floats]:
+        """What `read` would give for k and v [T, heads, dim] if they were stored."""
+        return self._keys[layer].rounded(k), self._values[layer].rounded(v)
+
+    def take(self, kv: KVRows, num_tokens: int) -> list[Array]:
+        """A raw copy of what a row of `num_tokens` tokens holds: one array per part of a layer's keys or values."""
+        slots = self._where(kv, np.arange(self.held(num_tokens)))
+        return [part[slots] for part in self._parts]
+
+    def put(self, kv: KVRows, num_tokens: int, copies: list[Array]) -> None:
+        """Write what `take` gave, bit for bit, to another row's blocks."""
+        slots = self._where(kv, np.arange(self.held(num_tokens)))
+        for part, copy in zip(self._parts, copies, strict=True):
+            part[slots] = copy
 
     def move(self, move: Move) -> None:
         """Copy a run's first `num_tokens` slots to where the target begins, as if through a temporary."""
         source, target = move.source * self.block_tokens, move.target * self.block_tokens
         if source == target:
             return
-        for pool in (*self._keys, *self._values):
-            pool[target : target + move.num_tokens] = pool[source : source + move.num_tokens].copy()
+        for part in self._parts:
+            part[target : target + move.num_tokens] = part[source : source + move.num_tokens].copy()
 
     def check_move(self, move: Move) -> None:
         """Raises EngineError when a run of `move` does not hold its tokens or lies outside the memory."""
@@ -77,13 +103,28 @@ class KVPool:
             inside = 0 <= start and 1 <= blocks and start + blocks <= self.num_blocks
             if not inside or not 0 <= move.num_tokens <= blocks * self.block_tokens:
                 raise EngineError(
-                    f"move of {move.num_tokens} tokens does not fit {blocks} blocks from {start}; the KV memory has "
+                    f"move of {move.num_tokens} tokens does not fit {blocks} blocks from {start}; {self._name} has "
                     f"{self.num_blocks} blocks of {self.block_tokens} tokens"
                 )
 
+    @property
+    def _name(self) -> str:
+        return "the KV memory" if self.window is None else f"the KV memory of window {self.window}"
 
-def _touched_zeros(*shape: int) -> Floats:
-    """Zeros whose memory is there now: `np.zeros` would only promise it."""
-    zeros = np.empty(shape, np.float32)
-    zeros.fill(0)
-    return zeros
+    def _check(self, kv: KVRows, start: int, count: int) -> None:
+        end, capacity = start + count, len(kv.blocks) * self.block_tokens
+        if start < 0 or count < 0 or self.held(end) > capacity:
+            blocks = f"{len(kv.blocks)} blocks of {self.block_tokens} tokens"
+            ring = "" if self.window is None else f", which the ring of window {self.window} keeps {self.held(end)} of"
+            raise EngineError(f"positions {start} to {end - 1} are outside {blocks}{ring}")
+        outside = [block for block in kv.blocks if not 0 <= block < self.num_blocks]
+        if outside:
+            raise EngineError(f"block {outside[0]} is outside the {self.num_blocks} blocks of {self._name}")
+
+    def _where(self, kv: KVRows, offsets: npt.NDArray[np.int64]) -> Slots:
+        """Slots of a row's offsets: counted through its blocks as positions are."""
+        if not len(offsets):
+            return np.empty(0, np.int64)
+        if kv.contiguous:
+            return kv.blocks[0] * self.block_tokens + offsets
+        return np.array(kv.blocks)[offsets // self.block_tokens] * self.block_tokens + offsets % self.block_tokens

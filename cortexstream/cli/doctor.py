@@ -76,7 +76,7 @@ def describe_llm(llm: LLM) -> dict[str, Any]:
             "longest_tokens": limits.max_tokens,
             "longest_reason": limits.reason,
         },
-        "fallbacks": list(info.notes),
+        "fallbacks": list(llm.notes),
     }  # fmt: skip
 
 

@@ -6,14 +6,16 @@ import logging
 from collections.abc import Callable
 from time import perf_counter
 
-from cortexstream.backend import Backend, Ticket
+from cortexstream.backend import Backend, Ticket, WarmupReport
 from cortexstream.config import EngineConfig
+from cortexstream.engine.budget import kv_size, limits_of, swap_budget_bytes
 from cortexstream.engine.stats import EngineStats
-from cortexstream.errors import EngineError, ModelLoadError, OutOfMemoryBudgetError
+from cortexstream.errors import EngineError, ModelLoadError
 from cortexstream.kv import KVArena
-from cortexstream.plan import PENDING, StepPlan
+from cortexstream.plan import PENDING, StepPlan, SwapIn, SwapOut
 from cortexstream.request import FinishReason, Request
-from cortexstream.scheduler import Limits, Scheduler, TokenEvent
+from cortexstream.scheduler import Scheduler, TokenEvent
+from cortexstream.swap import SwapPolicy
 
 log = logging.getLogger("cortexstream.engine")
 
@@ -37,15 +39,26 @@ class EngineCore:
                 f"eos_token_id {foreign[0]} is outside the vocabulary, 0 to {backend.model.vocab_size - 1}; "
                 "mend generation_config.json or config.json"
             )
-        num_blocks = kv_blocks(backend, config)
-        self.kv_bytes = backend.allocate_kv(num_blocks)
-        self.arena = KVArena(num_blocks, backend.info.block_tokens, backend.info.kv_layout)
-        self.limits = limits_of(backend, config, self.arena.capacity_tokens)
-        self.scheduler = Scheduler(self.arena, self.limits)
+        size = kv_size(backend, config)
+        self.kv_bytes = backend.allocate_kv(size.num_blocks, tuple(ring.num_blocks for ring in size.rings))
+        self.arena = KVArena(
+            size.num_blocks, backend.info.block_tokens, backend.info.kv_layout, policy=config.kv_policy,
+            rings=size.rings, prefix_caching=config.enable_prefix_caching,
+        )  # fmt: skip
+        self.notes: tuple[str, ...] = ()
+        if config.enable_prefix_caching and not self.arena.prefix_caching:
+            self.notes = ("prefixes are not reused: this model's sliding windows are kept in rings of pages",)
+            log.warning("%s", self.notes[0])
+        self.limits = limits_of(backend, config, self.arena)
+        self.swap = SwapPolicy(
+            backend.model, backend.info.block_tokens, swap_budget_bytes(config, self.kv_bytes), config.preemption_mode
+        )
+        self.scheduler = Scheduler(self.arena, self.limits, self.swap)
         self._sinks: dict[int, Sink] = {}
         self._ticket: Ticket | None = None
         self._steps = self._prompt_tokens = self._output_tokens = self._finished = self._failed = 0
         self._host_s = self._backend_s = 0.0
+        self._swap_bytes: dict[int, int] = {}  # step in flight -> bytes that it swaps
 
     @property
     def has_work(self) -> bool:
@@ -66,6 +79,7 @@ class EngineCore:
         """Plan and submit a step, then collect and commit the one before."""
         started = perf_counter()
         in_backend = 0.0
+        prompt_tokens = self._prompt_tokens
         try:
             plan = self.scheduler.plan()
             entered = perf_counter()
@@ -75,12 +89,15 @@ class EngineCore:
             self._ticket = ticket
             if plan is not None:
                 self._count(plan)
+            self.swap.observe_prefill(self._prompt_tokens - prompt_tokens, in_backend)
             if result is not None:
+                self.swap.observe_swap(self._swap_bytes.pop(result.step, 0), result.swap_s)
                 self._deliver(self.scheduler.commit(result))
         except Exception as error:
             # The device's state is unknown: nothing in flight can be trusted, but the next request can be served.
             log.exception("a step failed; every running request ends with an error")
             self._ticket = None
+            self._swap_bytes.clear()
             self._deliver(self.scheduler.abort_running(f"the step failed: {error}"))
             self.backend.reset()
         self._host_s += perf_counter() - started - in_backend
@@ -103,8 +120,8 @@ class EngineCore:
     def stats(self) -> EngineStats:
         return EngineStats(
             self._steps, self._prompt_tokens, self._output_tokens, self._finished, self._failed,
-            self.scheduler.preemptions, self.scheduler.num_waiting, self.scheduler.num_running,
-            self._host_s, self._backend_s, self.arena.stats(),
+            self.scheduler.preemptions, self.scheduler.swaps, self.scheduler.num_waiting, self.scheduler.num_running,
+            self._host_s, self._backend_s, self._moved_bytes(), self.arena.stats(),
         )  # fmt: skip
 
     def check(self) -> None:
@@ -116,8 +133,23 @@ class EngineCore:
     def close(self) -> None:
         self.backend.close()
 
+    def warmup(self, prompt_tokens: int, batch: int) -> WarmupReport:
+        """The backend's warm-up, which writes to blocks that may hold kept prefixes: those are forgotten."""
+        if self.has_work:
+            raise EngineError("warmup needs an idle engine; requests are running")
+        self.arena.clear()
+        return self.backend.warmup(prompt_tokens, batch)
+
+    def _moved_bytes(self) -> int:
+        stats, sizes = self.arena.stats(), self.backend.model.pool_bytes_per_token
+        tokens = zip(stats.moved_by_pool, stats.copied_by_pool, sizes, strict=True)
+        return sum((moved + copied) * size for moved, copied, size in tokens)
+
     def _count(self, plan: StepPlan) -> None:
         self._steps += 1
+        swaps = [op.num_tokens for op in plan.moves if isinstance(op, (SwapOut, SwapIn))]
+        if swaps:
+            self._swap_bytes[plan.step] = sum(map(self.swap.bytes_of, swaps))
         for row in plan.rows:
             if row.tokens[0] != PENDING and (sequence := self.scheduler.get(row.seq_id)) is not None:
                 self._prompt_tokens += max(0, min(row.start + len(row.tokens), sequence.num_prompt) - row.start)
@@ -152,38 +184,3 @@ class EngineCore:
             sink(TokenEvent(request_id, None, None, (), FinishReason.ERROR, error))
         except BaseException:
             log.exception("the receiver of request %d raised again at its end", request_id)
-
-
-def kv_blocks(backend: Backend, config: EngineConfig) -> int:
-    """How many blocks the memory budget buys; raises OutOfMemoryBudgetError with the numbers if it buys none."""
-    if config.num_kv_blocks is not None:
-        return config.num_kv_blocks
-    info, model = backend.info, backend.model
-    share = info.memory_share if config.memory_utilization is None else config.memory_utilization
-    budget = int(info.memory_bytes * share)
-    if isinstance(config.kv_cache_memory, int):
-        budget = config.kv_cache_memory
-    block_bytes = info.block_tokens * model.kv_bytes_per_token
-    num_blocks = budget // block_bytes
-    if num_blocks < 1:
-        raise OutOfMemoryBudgetError(
-            f"the KV budget of {budget:,} bytes holds no block of {info.block_tokens} tokens ({block_bytes:,} bytes); "
-            f"{info.memory_bytes:,} bytes are free on {info.device}: raise kv_cache_memory or memory_utilization"
-        )
-    # More than every slot's whole context can never be used.
-    longest = min(config.max_model_len or model.max_context_tokens, model.max_context_tokens)
-    return min(num_blocks, config.max_num_seqs * -(-longest // info.block_tokens))
-
-
-def limits_of(backend: Backend, config: EngineConfig, capacity_tokens: int) -> Limits:
-    """The longest sequence is the smallest of the model's context, max_model_len and the arena."""
-    model = backend.model
-    longest = model.max_context_tokens
-    reason = f"the model's context is {longest} tokens"
-    if config.max_model_len is not None and config.max_model_len < longest:
-        longest, reason = config.max_model_len, f"max_model_len is {config.max_model_len}"
-    if capacity_tokens + 1 < longest:  # the last token of a sequence never needs KV
-        longest, reason = capacity_tokens + 1, f"the KV arena holds {capacity_tokens} tokens; raise kv_cache_memory"
-    return Limits(
-        model.vocab_size, longest, reason, model.eos_token_ids, config.max_num_seqs, config.max_num_batched_tokens
-    )

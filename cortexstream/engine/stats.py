@@ -17,8 +17,10 @@ class EngineStats:
     requests_finished: int  # by any reason
     requests_failed: int  # of those, by an error
     preemptions: int
+    swaps: int  # of those, by keeping a copy in host memory
     num_waiting: int
     num_running: int
     host_s: float  # spent in the scheduler and in delivering tokens, the backend's calls excluded
     backend_s: float  # spent inside the backend's submit and collect
+    moved_bytes: int  # KV copied on the device by growth, compaction, prefix hits and forks
     arena: ArenaStats

@@ -48,12 +48,9 @@ class EngineThread:
             self._closing = True
             self._calls.put(lambda: None)
             raise
-        self.info, self.model, self.limits, self.kv_bytes = (
-            core.backend.info,
-            core.backend.model,
-            core.limits,
-            core.kv_bytes,
-        )
+        self.info, self.model, self.limits, self.kv_bytes, self.notes = (
+            core.backend.info, core.backend.model, core.limits, core.kv_bytes, core.backend.info.notes + core.notes,
+        )  # fmt: skip
 
     def request(self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams, index: int = 0) -> Request:
         """A new request, numbered and with its seed resolved; raises InvalidRequestError if it can never be served."""

@@ -3,50 +3,76 @@
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from cortexstream.errors import ArenaError, ArenaFullError
-from cortexstream.kv.blocks import BlockAllocator, Run
-from cortexstream.kv.compaction import cheapest_window, slides
+from cortexstream.kv.allocator import Allocator
+from cortexstream.kv.blocks import BlockAllocator
+from cortexstream.kv.buddy import BuddyAllocator
 from cortexstream.kv.handle import KVHandle
-from cortexstream.plan import Move
+from cortexstream.kv.page_cache import PageCache
+from cortexstream.kv.page_pool import PagePool
+from cortexstream.kv.pool import Ledger, Pool
+from cortexstream.kv.run_cache import RunCache
+from cortexstream.kv.run_pool import RunPool
+from cortexstream.plan import KVRows, MemoryOp, SwapDrop, SwapIn, SwapOut, ring_tokens
 
 GROWTH = 1.25
 """Ratio of neighbouring capacity classes of a run. Measured on one trace (docs/log.md, "Capacity classes"): 8 % of a
 run is unused on average and an output token costs 5 copied ones; 1.5 wastes 12 % and costs 3, 1.125 5 % and 9."""
 
+POLICIES: dict[str, Callable[[int], Allocator]] = {"first_fit": BlockAllocator, "buddy": BuddyAllocator}
+
+
+class Ring(NamedTuple):
+    """The layers of one sliding window: of every sequence they keep the last `window` tokens, in `num_blocks` blocks."""
+
+    window: int
+    num_blocks: int
+
 
 @dataclass(frozen=True, slots=True)
 class ArenaStats:
-    """A snapshot. `moved_tokens` counts the positions copied by growth and compaction since the start."""
+    """A snapshot. Blocks are those of the full-attention layers; the copies are summed over all pools."""
 
     num_blocks: int
-    used_blocks: int
-    free_blocks: int
-    largest_free_run: int
+    used_blocks: int  # held by sequences
+    cached_blocks: int  # hold prefixes that nobody uses now; they are given up when needed
+    free_blocks: int  # num_blocks - used_blocks: what a sequence can get
+    largest_free_run: int  # of the blocks that hold nothing
     fragmentation: float
     num_sequences: int
     used_tokens: int
-    moved_tokens: int
+    moved_tokens: int  # copied by growth and compaction since the start
+    copied_tokens: int  # copied by prefix hits and forks
+    reused_tokens: int  # not computed, because another sequence had computed them
     relocations: int
     compactions: int
+    moved_by_pool: tuple[int, ...] = ()
+    copied_by_pool: tuple[int, ...] = ()
 
 
 class KVArena:
     """Admit, grow and release sequences over a fixed number of blocks. Thread-safe: whatever changes it, or reads more
     than one number of it, takes one lock.
 
-    placement "paged": a sequence owns any blocks. placement "run": it owns adjacent blocks, as many as its capacity
-    class has; when holes are too small the arena moves sequences together. Both admit a sequence if and only if
-    `need_blocks` blocks are free in total. Moves are collected by `take_moves` and executed by the backend at the
-    start of the next step; a handle's blocks are already the new ones.
+    placement "paged": a sequence owns any blocks, and may share them. placement "run": it owns adjacent blocks, as many
+    as its capacity class has; when holes are too small the arena moves sequences together. Both admit a sequence if and
+    only if the blocks that it needs are not in use by others; prefixes kept for reuse give way. With `rings`, layers
+    with a sliding window keep the window alone, in a pool of their own per window.
+
+    Copies are collected by `take_moves` and executed by the backend at the start of the next step; a handle's blocks
+    are already the new ones. `policy` "first_fit" takes the lowest hole, "buddy" aligned pieces.
 
     Invariants, which `check` proves:
 
-        every taken block belongs to exactly one live handle; every handle's blocks are taken
-        run: a handle's blocks are consecutive         0 <= position <= capacity_tokens, len(blocks) <= limit_blocks
+        every taken block is held by a live handle, or kept for its known contents; every held block is taken
+        run: a handle's blocks are consecutive, and nobody else's
+        paged: a block has as many references as handles hold it; nobody writes a block that others hold or may find
+        0 <= position <= capacity_tokens, len(blocks) <= limit_blocks
+        what the prefix index knows is written, and of any prefix it knows the beginning
     """
 
     def __init__(
@@ -55,256 +81,325 @@ class KVArena:
         block_tokens: int = 16,
         placement: Literal["run", "paged"] = "run",
         growth: float = GROWTH,
+        *,
+        policy: Literal["first_fit", "buddy"] = "first_fit",
+        rings: Sequence[Ring] = (),
+        prefix_caching: bool = True,
     ) -> None:
         if block_tokens <= 0:
             raise ArenaError(f"block_tokens is {block_tokens}; must be at least 1")
         if growth < 1.0:
             raise ArenaError(f"growth is {growth}; must be at least 1")
+        if placement not in ("run", "paged") or policy not in POLICIES:
+            raise ArenaError(f"placement {placement!r} with policy {policy!r}: use run or paged, {' or '.join(POLICIES)}")
         self.block_tokens = block_tokens
         self.placement = placement
-        self._allocator = BlockAllocator(num_blocks)
-        self._classes = _capacity_classes(num_blocks, growth) if placement == "run" else []
+        self.rings = tuple(rings)
+        self._ledger = Ledger(1 + len(self.rings))
+        allocator = POLICIES[policy]
+        pools: list[tuple[int, Allocator, int, int | None, Ledger]] = [
+            (0, allocator(num_blocks), block_tokens, None, self._ledger)
+        ]
+        for index, (window, blocks) in enumerate(self.rings, 1):
+            if window <= 0:
+                raise ArenaError(f"a ring's window is {window}; must be at least 1")
+            pools.append((index, allocator(blocks), block_tokens, ring_tokens(window, block_tokens), self._ledger))
+        self._pools: Sequence[Pool]
+        self._cache: RunCache | PageCache
+        if placement == "run":
+            self._pools = [RunPool(*pool, growth) for pool in pools]
+            self._cache = RunCache(self._pools, prefix_caching)
+        else:
+            pages = [PagePool(*pool) for pool in pools]
+            self._pools, self._cache = pages, PageCache(pages, prefix_caching)
+        self._full = self._pools[0]
         self._handles: set[KVHandle] = set()
-        self._moves: list[Move] = []
+        self._reused_tokens = 0
+        self.changes = 0  # goes up whenever a sequence that could not be admitted might be
         self._lock = threading.RLock()
-        self._moved_tokens = self._relocations = self._compactions = 0
 
     @property
     def num_blocks(self) -> int:
-        return self._allocator.num_blocks
+        return self._full.num_blocks
 
     @property
     def used_blocks(self) -> int:
-        return self._allocator.num_used
+        """Blocks held by sequences."""
+        return self.num_blocks - self.free_blocks
 
     @property
     def free_blocks(self) -> int:
-        return self._allocator.num_free
+        """Blocks that a sequence can get: those that hold nothing, and those kept for reuse alone."""
+        return self._full.num_free + self._cache.idle_blocks(0)
+
+    @property
+    def prefix_caching(self) -> bool:
+        """Whether prefixes are kept and found."""
+        return self._cache.enabled
 
     @property
     def capacity_tokens(self) -> int:
         """The longest sequence that this arena can ever hold."""
-        return self._allocator.num_blocks * self.block_tokens
-
-    def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold so many tokens, without the rounding of capacity classes."""
-        return -(-num_tokens // self.block_tokens)
+        longest = self.num_blocks * self.block_tokens
+        for pool in self._pools[1:]:
+            slots = pool.num_blocks * self.block_tokens
+            if pool.ring_tokens is not None and slots < pool.ring_tokens:
+                longest = min(longest, slots)
+        return longest
 
     def need_blocks(self, num_tokens: int, limit_tokens: int | None = None) -> int:
         """Blocks that a sequence of `num_tokens` takes: rounded up to its capacity class in `run`, but never beyond
         what `limit_tokens` (the longest it can become) needs."""
-        blocks = self.blocks_for(num_tokens)
-        if self.placement == "paged" or blocks > self.num_blocks:
-            return blocks
-        limit = self.num_blocks if limit_tokens is None else min(self.blocks_for(limit_tokens), self.num_blocks)
-        return max(blocks, min(self._classes[bisect_left(self._classes, blocks)], limit))
+        return self._full.need(num_tokens, limit_tokens)
 
-    def can_admit(self, num_tokens: int, limit_tokens: int | None = None) -> bool:
+    def can_admit(self, num_tokens: int, limit_tokens: int | None = None, tokens: Sequence[int] = ()) -> bool:
         """Exactly when `admit` would succeed."""
-        return self.need_blocks(num_tokens, limit_tokens) <= self.free_blocks
+        with self._lock:
+            return self._missing(self._needs(num_tokens, limit_tokens), tokens) is None
 
-    def admit(self, num_tokens: int, limit_tokens: int | None = None) -> KVHandle:
+    def admit(self, num_tokens: int, limit_tokens: int | None = None, tokens: Sequence[int] = ()) -> KVHandle:
         """Claim room for a sequence of `num_tokens` (at least 1) that will never exceed `limit_tokens`.
 
-        Raises ArenaFullError, changing nothing, if fewer than `need_blocks` blocks are free.
+        `tokens` are those of its first tokens that need not be computed if some other sequence has; `position` of the
+        handle then says how many were found. Raises ArenaFullError, changing nothing, if blocks are missing.
         """
         if num_tokens <= 0:
             raise ArenaError(f"num_tokens is {num_tokens}; must be at least 1")
         if limit_tokens is not None and limit_tokens < num_tokens:
             raise ArenaError(f"limit_tokens is {limit_tokens}; must be at least num_tokens, {num_tokens}")
+        if len(tokens) > num_tokens:
+            raise ArenaError(f"{len(tokens)} tokens may be reused of a sequence of num_tokens, {num_tokens}")
         with self._lock:
-            need = self.need_blocks(num_tokens, limit_tokens)
-            if need > self.free_blocks:
-                raise ArenaFullError(
-                    f"{num_tokens} tokens need {need} blocks of {self.block_tokens}; "
-                    f"{self.free_blocks} of {self.num_blocks} are free"
-                )
-            limit = self.num_blocks if limit_tokens is None else self.blocks_for(limit_tokens)
-            if self.placement == "paged":
-                blocks = tuple(self._allocator.allocate_any(need))
-            else:
-                blocks = _blocks(self._hole(need))
-            handle = KVHandle(blocks, self.block_tokens, self.placement == "run", limit)
-            self._handles.add(handle)
+            needs = self._needs(num_tokens, limit_tokens)
+            missing = self._missing(needs, tokens)
+            if missing is not None:
+                raise ArenaFullError(f"{num_tokens} tokens need {missing}")
+            handle = self._new_handle(self.num_blocks if limit_tokens is None else self._full.blocks_for(limit_tokens))
+            self._cache.admit(handle, needs, tokens)
+            self._reused_tokens += handle.position
+            self._place()
             return handle
 
-    def grow(self, handle: KVHandle, num_tokens: int) -> None:
-        """Make room for `num_tokens` in all: in place, else by moving this sequence, else by moving others.
+    def fork(self, handle: KVHandle) -> KVHandle:
+        """A second sequence that goes on from where this one is, with the same limit.
 
-        Raises ArenaFullError, changing nothing, when free blocks are missing or the sequence's limit is reached.
+        In `paged` both hold the same blocks until one writes (copy on write, in `grow`); in `run` what is written is
+        copied. Raises ArenaFullError, changing nothing, if blocks are missing.
         """
         with self._lock:
             self._check_owned(handle)
-            if num_tokens <= handle.capacity_tokens:
+            needs = [len(pool.claims[handle]) for pool in self._pools]
+            if self.placement == "paged":
+                needs[0] = 0
+            missing = self._missing(needs)
+            if missing is not None:
+                raise ArenaFullError(f"a fork of {handle.position} tokens needs {missing}")
+            forked = self._new_handle(handle.limit_blocks)
+            self._cache.fork(handle, forked, needs)
+            self._place()
+            return forked
+
+    def grow(self, handle: KVHandle, num_tokens: int) -> None:
+        """Make room for `num_tokens` in all, which this sequence alone may write from its position on.
+
+        In place, else by moving this sequence, else by moving others; kept prefixes give way where blocks are missing.
+        Raises ArenaFullError, changing nothing, when blocks in use are missing or the sequence's limit is reached.
+        """
+        with self._lock:
+            self._check_owned(handle)
+            if num_tokens <= handle.capacity_tokens and not handle.shares:
                 return
-            if self.blocks_for(num_tokens) > handle.limit_blocks:
+            if self._full.blocks_for(num_tokens) > handle.limit_blocks:
                 raise ArenaFullError(
                     f"{num_tokens} tokens exceed this sequence's limit of "
                     f"{handle.limit_blocks * self.block_tokens} tokens"
                 )
-            target = self.need_blocks(num_tokens, handle.limit_blocks * self.block_tokens)
-            if target - len(handle.blocks) > self.free_blocks:
-                target = self.blocks_for(num_tokens)  # better a tight fit than a preemption
-            extra = target - len(handle.blocks)
-            if extra > self.free_blocks:
-                raise ArenaFullError(
-                    f"{extra} more blocks are needed, {self.free_blocks} of {self.num_blocks} are free"
-                )
-            if self.placement == "paged":
-                handle.place(handle.blocks + tuple(self._allocator.allocate_any(extra, after=handle.blocks[-1] + 1)))
-            else:
-                self._grow_run(handle, target)
+            shared = self._full.shared(handle, num_tokens) if isinstance(self._full, PagePool) else []
+            targets = [self._target(index, handle, num_tokens) for index in range(len(self._pools))]
+            extras = [
+                max(0, target - len(pool.claims[handle]))
+                for pool, target in zip(self._pools, targets, strict=True)
+            ]
+            extras[0] += len(shared)
+            missing = self._missing(extras)
+            if missing is not None:
+                raise ArenaFullError(f"growing to {num_tokens} tokens needs {missing}")
+            self._cache.make_room(extras)
+            if isinstance(self._full, PagePool):
+                self._full.separate(handle, shared)
+            handle.shares = False
+            for pool, target in zip(self._pools, targets, strict=True):
+                if target > len(pool.claims[handle]):
+                    pool.resize(handle, target)
+            self._place()
 
-    def release(self, handle: KVHandle) -> None:
-        """Free a sequence's blocks; the handle is dead. Raises ArenaError for a dead or foreign handle."""
+    def publish(self, handle: KVHandle, tokens: Sequence[int]) -> None:
+        """The sequence's first tokens are these, and computed: new sequences may begin with them."""
         with self._lock:
             self._check_owned(handle)
+            if len(tokens) > handle.position:
+                raise ArenaError(f"{len(tokens)} tokens cannot be published: {handle.position} are written")
+            if len(tokens) > handle.published_tokens:
+                self.changes += 1
+                self._cache.publish(handle, tokens)
+                self._place()
+
+    def release(self, handle: KVHandle, tokens: Sequence[int] = ()) -> None:
+        """Free a sequence's blocks; the handle is dead. `tokens`, if given, are the first ones that it has computed:
+        their keys and values are kept as long as nobody needs the blocks. Raises ArenaError for a dead or foreign
+        handle."""
+        with self._lock:
+            self._check_owned(handle)
+            if len(tokens) > handle.position:
+                raise ArenaError(f"{len(tokens)} tokens cannot be kept: {handle.position} are written")
+            if tokens and self._cache.enabled:
+                self._cache.retire(handle, tokens, KVHandle(self.block_tokens, handle.limit_blocks))
+            else:
+                self._cache.discard(handle)
             self._handles.remove(handle)
             handle.live = False
-            for run in _runs(handle.blocks):
-                self._allocator.free(run)
+            self.changes += 1
+            self._place()
 
-    def take_moves(self) -> tuple[Move, ...]:
-        """The moves planned since the last call, in the order in which they must be executed."""
+    def clear(self) -> None:
+        """Forget every kept and known prefix, as after a failed step; sequences keep their blocks."""
         with self._lock:
-            moves, self._moves = tuple(self._moves), []
-            return moves
+            self._cache.clear()
+            self.changes += 1
+
+    def swap_out(self, handle: KVHandle, key: int) -> None:
+        """Plan to keep the sequence's contents in host memory, and release it."""
+        with self._lock:
+            self._check_owned(handle)
+            self._ledger.add(SwapOut(key, handle.rows, handle.position))
+            self.release(handle)
+
+    def swap_in(self, handle: KVHandle, key: int, num_tokens: int) -> None:
+        """Plan to bring contents back into a handle that was admitted for more than `num_tokens`."""
+        with self._lock:
+            self._check_owned(handle)
+            if handle.position:
+                raise ArenaError(f"{handle.position} tokens are written already; contents come back into an empty one")
+            handle.advance(num_tokens)
+            self._ledger.add(SwapIn(key, handle.rows, num_tokens))
+
+    def swap_drop(self, key: int) -> None:
+        """Plan to forget contents that are in host memory."""
+        with self._lock:
+            self._ledger.add(SwapDrop(key))
+
+    def take_moves(self) -> tuple[MemoryOp, ...]:
+        """The copies planned since the last call, in the order in which they must be executed."""
+        with self._lock:
+            return self._ledger.take()
 
     def fragmentation(self) -> float:
-        """1 - largest free run / free blocks."""
+        """1 - largest free run / free blocks, of the blocks that hold nothing."""
         with self._lock:
-            return self._allocator.fragmentation()
+            return self._full.allocator.fragmentation()
 
     def stats(self) -> ArenaStats:
         """A snapshot of sizes and counters."""
         with self._lock:
+            ledger, allocator = self._ledger, self._full.allocator
             return ArenaStats(
-                self.num_blocks, self.used_blocks, self.free_blocks, self._allocator.largest_free_run,
-                self._allocator.fragmentation(), len(self._handles), sum(h.position for h in self._handles),
-                self._moved_tokens, self._relocations, self._compactions,
+                num_blocks=self.num_blocks, used_blocks=self.used_blocks, free_blocks=self.free_blocks,
+                cached_blocks=self._cache.idle_blocks(0), largest_free_run=allocator.largest_free_run,
+                fragmentation=allocator.fragmentation(), num_sequences=len(self._handles),
+                used_tokens=sum(h.position for h in self._handles), moved_tokens=sum(ledger.moved_tokens),
+                copied_tokens=sum(ledger.copied_tokens), reused_tokens=self._reused_tokens,
+                relocations=ledger.relocations, compactions=ledger.compactions,
+                moved_by_pool=tuple(ledger.moved_tokens), copied_by_pool=tuple(ledger.copied_tokens),
             )  # fmt: skip
+
+    def block_map(self, width: int = 64) -> str:
+        """One character a block of the full-attention layers: 'X' in use, 'o' kept for reuse, '.' free."""
+        with self._lock:
+            cells = list(self._full.allocator.block_map(width=self.num_blocks or 1))
+            for block in self._cache.cached_blocks():
+                cells[block] = "o"
+        return "\n".join("".join(cells[i : i + width]) for i in range(0, len(cells), width))
+
+    def owners(self) -> list[tuple[KVHandle, tuple[int, ...]]]:
+        """Every sequence's handle and its blocks, in order of place."""
+        with self._lock:
+            return sorted(((h, h.blocks) for h in self._handles), key=lambda pair: pair[1])
 
     def describe(self) -> str:
         """Configuration, state and block map as text, for people."""
         with self._lock:
-            stats = self.stats()
-            sequences = sorted(self._handles, key=lambda h: h.blocks)
+            stats, sequences = self.stats(), self.owners()
+            rings = [
+                f"ring of {pool.ring_tokens} tokens: {pool.num_blocks - pool.num_free} of {pool.num_blocks} blocks taken"
+                for pool in self._pools[1:]
+            ]
             return "\n".join([
                 f"configuration: {self.num_blocks} blocks of {self.block_tokens} tokens, placement {self.placement}",
                 f"state: {stats.used_blocks} used, {stats.free_blocks} free, fragmentation {stats.fragmentation:.2f}",
-                f"sequences: {len(sequences)}",
-                *(f"  {h.position}/{h.capacity_tokens} tokens, blocks [{h.blocks[0]}, +{len(h.blocks)}]" for h in
-                sequences), "blocks ('X' used, '.' free):", self._allocator.block_map(),
+                *rings, f"sequences: {len(sequences)}",
+                *(f"  {h.position}/{h.capacity_tokens} tokens, blocks [{b[0]}, +{len(b)}]" for h, b in sequences),
+                "blocks ('X' used, 'o' kept for reuse, '.' free):", self.block_map(),
             ])  # fmt: skip
 
     def check(self) -> None:
         """Prove the invariants of the class docstring; raises ArenaError on the first that fails. O(num_blocks)."""
         with self._lock:
-            self._allocator.check()
-            owned: set[int] = set()
             for handle in self._handles:
                 if not handle.live or not 0 <= handle.position <= handle.capacity_tokens:
                     raise ArenaError(f"{handle} is dead or over-full")
                 if len(handle.blocks) > handle.limit_blocks:
                     raise ArenaError(f"{handle} has more blocks than its limit {handle.limit_blocks}")
-                if self.placement == "run" and handle.blocks != _blocks(Run(handle.blocks[0], len(handle.blocks))):
-                    raise ArenaError(f"{handle} is not contiguous: {handle.blocks}")
-                if not owned.isdisjoint(handle.blocks) or len(set(handle.blocks)) != len(handle.blocks):
-                    raise ArenaError(f"{handle} shares a block with another sequence or with itself")
-                owned.update(handle.blocks)
-            taken = {i for i, c in enumerate(self._allocator.block_map(width=self.num_blocks or 1)) if c == "X"}
-            if owned != taken:
-                raise ArenaError(f"blocks {sorted(owned ^ taken)[:8]} are taken without an owner, or owned but free")
+                if handle.blocks != self._full.claims.get(handle):
+                    raise ArenaError(f"{handle} shows other blocks than it holds")
+            held = set(self._full.claims) - self._handles
+            if not self._handles <= set(self._full.claims) or held != set(self._cache.holders()):
+                raise ArenaError("blocks are held by nobody who is known, or a sequence holds none")
+            self._cache.check()
+
+    def _needs(self, num_tokens: int, limit_tokens: int | None) -> list[int]:
+        return [pool.need(num_tokens, limit_tokens) for pool in self._pools]
+
+    def _missing(self, needs: Sequence[int], tokens: Sequence[int] = ()) -> str | None:
+        """None if so many blocks can be had, else what is missing, in words."""
+        for index, blocks in enumerate(self._cache.new_blocks(needs, tokens)):
+            pool = self._pools[index]
+            free = pool.num_free + self._cache.idle_blocks(index)
+            if blocks > free:
+                of = "" if pool.ring_tokens is None else f" of the ring of {pool.ring_tokens} tokens"
+                return f"{blocks} blocks of {self.block_tokens}{of}; {free} of {pool.num_blocks} are free"
+        return None
+
+    def _target(self, index: int, handle: KVHandle, num_tokens: int) -> int:
+        """Blocks to grow to in one pool: the capacity class, or what is needed where that is not to be had."""
+        pool = self._pools[index]
+        have = len(pool.claims[handle])
+        if num_tokens <= handle.capacity_tokens:
+            return have
+        target = max(pool.need(num_tokens, handle.limit_blocks * self.block_tokens), have)
+        if target - have > pool.num_free + self._cache.idle_blocks(index):
+            return max(pool.blocks_for(num_tokens), have)  # better a tight fit than a preemption
+        return target
+
+    def _new_handle(self, limit_blocks: int) -> KVHandle:
+        handle = KVHandle(self.block_tokens, limit_blocks)
+        self._handles.add(handle)
+        return handle
+
+    def _place(self) -> None:
+        """Show every handle whose blocks changed its new ones."""
+        contiguous = self.placement == "run"
+        for handle in self._ledger.changed:
+            if handle not in self._full.claims:
+                continue  # it was given up within the same call
+            rings = tuple([KVRows(pool.claims[handle], contiguous) for pool in self._pools[1:]])
+            capacities = [pool.capacity_tokens(handle) for pool in self._pools]
+            handle.place(
+                KVRows(self._full.claims[handle], contiguous, rings), min(c for c in capacities if c is not None)
+            )
+        self._ledger.changed.clear()
 
     def _check_owned(self, handle: KVHandle) -> None:
         if not handle.live:
             raise ArenaError("stale handle: the sequence was released already")
         if handle not in self._handles:
             raise ArenaError("foreign handle: it belongs to another arena")
-
-    def _grow_run(self, handle: KVHandle, target: int) -> None:
-        old = Run(handle.blocks[0], len(handle.blocks))
-        extra = target - old.size
-        if self._allocator.take(Run(old.end, extra)):
-            new = Run(old.start, target)
-        elif self._allocator.largest_free_run >= target:
-            new = self._allocator.allocate(target)
-            self._allocator.free(old)
-            self._relocations += 1
-        else:
-            old = self._gather_after(handle, extra)
-            if not self._allocator.take(Run(old.end, extra)):
-                raise ArenaError(f"compaction left no {extra} free blocks after block {old.end - 1}")
-            new = Run(old.start, target)
-        self._move(handle, old, new)
-
-    def _hole(self, size: int) -> Run:
-        """A free run of `size` blocks, taken; sequences are moved together if no hole is large enough."""
-        if self._allocator.largest_free_run < size:
-            runs = self._sorted_runs()
-            gaps = _gaps(runs, self.num_blocks)
-            first, last = cheapest_window(gaps, [r.size for r in runs], size)
-            self._slide(runs, slides(gaps, runs, first, last, pivot=last))
-            self._compactions += 1
-        return self._allocator.allocate(size)
-
-    def _gather_after(self, handle: KVHandle, extra: int) -> Run:
-        """Slide sequences so that `extra` free blocks follow this one's; returns where it now lies."""
-        runs = self._sorted_runs()
-        gaps = _gaps(runs, self.num_blocks)
-        own = runs.index(Run(handle.blocks[0], len(handle.blocks)))
-        first, last = cheapest_window(gaps, [r.size for r in runs], extra, around=own)
-        self._slide(runs, slides(gaps, runs, first, last, pivot=own + 1))
-        self._compactions += 1
-        return Run(handle.blocks[0], len(handle.blocks))
-
-    def _slide(self, runs: list[Run], moves: list[tuple[int, int]]) -> None:
-        """Move runs (index, new start), in an order in which no move overwrites a run that is still to move."""
-        owner = {h.blocks[0]: h for h in self._handles}
-        handles = [owner[run.start] for run in runs]
-        for index, _ in moves:
-            self._allocator.free(runs[index])
-        for index, start in moves:
-            target = Run(start, runs[index].size)
-            if not self._allocator.take(target):
-                raise ArenaError(f"compaction planned a move onto blocks {start} to {target.end - 1}, which are taken")
-            self._move(handles[index], runs[index], target)
-
-    def _move(self, handle: KVHandle, old: Run, new: Run) -> None:
-        handle.place(_blocks(new))
-        if handle.position:
-            self._moves.append(Move(old.start, old.size, new.start, new.size, handle.position))
-            self._moved_tokens += handle.position
-
-    def _sorted_runs(self) -> list[Run]:
-        return sorted(Run(h.blocks[0], len(h.blocks)) for h in self._handles)
-
-
-def _capacity_classes(num_blocks: int, growth: float) -> list[int]:
-    """1, 2, 3, ... growing by the factor, rounded up; the last is the whole arena."""
-    sizes = [1]
-    while sizes[-1] < num_blocks:
-        sizes.append(min(num_blocks, max(sizes[-1] + 1, int(sizes[-1] * growth))))
-    return sizes
-
-
-def _blocks(run: Run) -> tuple[int, ...]:
-    return tuple(range(run.start, run.end))
-
-
-def _runs(blocks: tuple[int, ...]) -> list[Run]:
-    """Adjacent blocks joined into runs, so that a run is freed in one operation."""
-    runs: list[Run] = []
-    for block in blocks:
-        if runs and block == runs[-1].end:
-            runs[-1] = Run(runs[-1].start, runs[-1].size + 1)
-        else:
-            runs.append(Run(block, 1))
-    return runs
-
-
-def _gaps(runs: list[Run], num_blocks: int) -> list[int]:
-    """Free blocks before each run, and after the last: len(runs) + 1 numbers."""
-    ends = [0, *(r.end for r in runs)]
-    starts = [*(r.start for r in runs), num_blocks]
-    return [start - end for end, start in zip(ends, starts, strict=True)]

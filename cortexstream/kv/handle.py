@@ -7,10 +7,10 @@ from cortexstream.plan import KVRows
 
 
 class KVHandle:
-    """Blocks and how far they are filled. Made by `KVArena.admit`, dead after `KVArena.release`.
+    """Blocks and how far they are filled. Made by `KVArena.admit` and `fork`, dead after `KVArena.release`.
 
     `position` counts the tokens whose keys and values are written, or will be by the plans made so far; it is where the
-    next token goes.
+    next token goes. `blocks` are those of the full-attention layers; `rows` has those of the rings, too.
     """
 
     __slots__ = (
@@ -18,30 +18,38 @@ class KVHandle:
         "_rows",
         "blocks",
         "capacity_tokens",
-        "contiguous",
         "limit_blocks",
         "live",
         "position",
+        "published_tokens",
+        "shares",
+        "written",
     )
 
-    def __init__(self, blocks: tuple[int, ...], block_tokens: int, contiguous: bool, limit_blocks: int) -> None:
+    def __init__(self, block_tokens: int, limit_blocks: int) -> None:
         self._block_tokens = block_tokens
-        self.contiguous = contiguous
         self.limit_blocks = limit_blocks  # this sequence never owns more
         self.position = 0
+        self.written = 0  # the highest position so far: what a ring has overwritten stays overwritten
+        self.published_tokens = 0  # so many of its tokens are in the prefix index
+        self.shares = False  # may hold blocks of others behind `position`: they are copied before they are written
         self.live = True
-        self.place(blocks)
+        self.place(KVRows((), True))
 
-    def place(self, blocks: tuple[int, ...]) -> None:
+    def place(self, rows: KVRows, capacity_tokens: int | None = None) -> None:
         """Set the blocks; only the arena calls this, when the sequence grew or was moved."""
-        self.blocks = blocks
-        self.capacity_tokens = len(blocks) * self._block_tokens
-        self._rows = KVRows(blocks, self.contiguous)
+        self._rows = rows
+        self.blocks = rows.blocks
+        self.capacity_tokens = len(rows.blocks) * self._block_tokens if capacity_tokens is None else capacity_tokens
 
     @property
     def rows(self) -> KVRows:
         """What a plan row carries; the same object until the blocks change."""
         return self._rows
+
+    @property
+    def contiguous(self) -> bool:
+        return self._rows.contiguous
 
     @property
     def is_full(self) -> bool:
@@ -58,15 +66,25 @@ class KVHandle:
             raise ArenaError("num_tokens must be positive")
         if not self.live:
             raise ArenaError("stale handle: the sequence was released")
-        if self.position + num_tokens > self.capacity_tokens:
+        if self.shares:
+            raise ArenaError("the next block may be shared with another sequence: grow() must come before the write")
+        end = self.position + num_tokens
+        if end > self.capacity_tokens:
             raise ArenaError(
-                f"KV cache overflow: position {self.position + num_tokens} exceeds the capacity of "
+                f"KV cache overflow: position {end} exceeds the capacity of "
                 f"{self.capacity_tokens} tokens (tried to advance by {num_tokens} tokens)"
             )
-        self.position += num_tokens
+        self.position = end
+        if end > self.written:
+            self.written = end
 
     def reset(self) -> None:
-        """Forget what was written; the blocks stay."""
+        """Forget what was written; the blocks stay. Raises ArenaError if others may be reading them."""
+        if self.shares or self.published_tokens:
+            raise ArenaError(
+                f"{max(self.published_tokens, self.position)} tokens are shared with other sequences and cannot be "
+                "written again: release this handle and admit a new one"
+            )
         self.position = 0
 
     def locate(self, position: int) -> tuple[int, int]:

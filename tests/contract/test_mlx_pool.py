@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cortexstream.backend import BackendOptions, LayerKV
+from cortexstream.backend import BackendOptions, LayerKV, ModelInfo
 from cortexstream.config import EngineConfig
 from cortexstream.engine import EngineCore
 from cortexstream.errors import InvalidRequestError
@@ -24,63 +24,74 @@ require("mlx_lm")
 BLOCK = 16
 
 
-def make_pool(num_blocks: int, dtype: Any = None) -> Any:
+def make_pool(num_blocks: int, dtype: Any = None, window: int | None = None, ring_blocks: int = 0) -> Any:
+    """Two layers, the second of which may have a window."""
     from cortexstream.backends.mlx.pool import RowPool
 
-    return RowPool((LayerKV(2, 8, 8), LayerKV(3, 8, 4)), num_blocks, BLOCK, dtype or mx.float32)
+    dtype = dtype or mx.float32
+    layers = (LayerKV(2, 8, 8), LayerKV(3, 8, 4, window))
+    model = ModelInfo("stub", 10, 100, frozenset(), layers, kv_item_bytes=dtype.size, weight_bytes=0)
+    return RowPool(model, (num_blocks,) if window is None else (num_blocks, ring_blocks), BLOCK, dtype)
 
 
-def fill(pool: Any, span: Any, positions: range, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Write random keys and values; returns them per layer, [heads, positions, dim]."""
-    from cortexstream.backends.mlx.pool import row_index
+def fill(pool: Any, span: Any, slots: range, seed: int, number: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Write random keys and values to the layers of a pool; returns them per layer, [heads, slots, dim]."""
+    from cortexstream.backends.mlx.pool import finish, row_index
 
     rng = np.random.default_rng(seed)
     written = []
-    for layer, spec in enumerate(pool.layers):
-        k = rng.standard_normal((spec.num_kv_heads, len(positions), spec.key_dim), dtype=np.float32)
-        v = rng.standard_normal((spec.num_kv_heads, len(positions), spec.value_dim), dtype=np.float32)
-        pool.write(layer, row_index(span, spec.num_kv_heads, np.array(positions)), mx.array(k), mx.array(v))
-        written.append((k, v))
-    mx.async_eval([*pool.keys, *pool.values])
-    mx.synchronize()
+    for layer in layers_of(pool, number):
+        sides = []
+        for plane in (pool.keys[layer], pool.values[layer]):
+            numbers = rng.standard_normal((plane.heads, len(slots), plane.dim), dtype=np.float32)
+            plane.store(row_index(span, plane.heads, np.array(slots)), plane.encode(mx.array(numbers)))
+            sides.append(numbers)
+        written.append((sides[0], sides[1]))
+    finish(*pool.arrays)
     return written
 
 
-def read(pool: Any, span: Any, length: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [
-        (np.array(k[0]), np.array(v[0]))
-        for k, v in (pool.view(layer, span, 0, length) for layer in range(len(pool.layers)))
+def read(pool: Any, span: Any, length: int, number: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    views = [
+        [side[layer].view(span, 0, length) for side in (pool.keys, pool.values)] for layer in layers_of(pool, number)
     ]
+    return [(np.array(k[0]), np.array(v[0])) for k, v in views]
+
+
+def layers_of(pool: Any, number: int) -> list[int]:
+    return [layer for layer in range(len(pool.layers)) if pool.pool_of[layer] == number]
 
 
 def test_f18_pool_size_dtype_and_zeros() -> None:
     pool = make_pool(4, mx.bfloat16)
     assert pool.nbytes == 4 * BLOCK * (2 * (8 + 8) + 3 * (8 + 4)) * 2
-    assert all(not mx.any(array).item() and array.dtype == mx.bfloat16 for array in (*pool.keys, *pool.values))
+    assert all(not mx.any(array).item() and array.dtype == mx.bfloat16 for array in pool.arrays)
 
 
 def test_f22_views_are_the_memory_itself() -> None:
     """Token 20 of a run of 16-token blocks, written through the pool, is read by the view for every head; the view lies
     inside the pool and costs nothing."""
-    from cortexstream.backends.mlx.pool import Span, _address, row_index
+    from cortexstream.backends.mlx.plane import Span
+    from cortexstream.backends.mlx.pool import address, finish, row_index
 
     pool = make_pool(8)
     span = Span(2 * BLOCK, 3 * BLOCK)
     value = np.arange(16, dtype=np.float32).reshape(2, 1, 8)
-    pool.write(0, row_index(span, 2, np.array([20])), mx.array(value), mx.array(-value))
+    rows = row_index(span, 2, np.array([20]))
+    pool.keys[0].store(rows, [mx.array(value)])
+    pool.values[0].store(rows, [mx.array(-value)])
+    finish(*pool.arrays)
     base = pool.addresses()[0]
     mx.synchronize()
     active = mx.get_active_memory()
     mx.reset_peak_memory()
-    keys, values = pool.view(0, span, 0, 21)
+    keys, values = pool.keys[0].view(span, 0, 21), pool.values[0].view(span, 0, 21)
     mx.eval(keys, values)
     assert mx.get_peak_memory() <= active, "a view allocated memory"
     assert np.array_equal(np.array(keys)[0, :, 20], value[:, 0]) and np.array_equal(
         np.array(values)[0, :, 20], -value[:, 0]
     )
-    assert base <= _address(keys) < base + pool.keys[0].nbytes
-    with pytest.raises(IndexError):
-        pool.view(2, span, 0, 21)
+    assert base <= address(keys) < base + pool.keys[0].arrays[0].nbytes
 
 
 @pytest.mark.parametrize(
@@ -88,7 +99,7 @@ def test_f22_views_are_the_memory_itself() -> None:
     ids=["apart", "overlap-left", "overlap-right", "grow-in-place", "shrink"],
 )  # fmt: skip
 def test_f17_f20_a_move_keeps_every_bit(source: tuple[int, int], target: tuple[int, int]) -> None:
-    from cortexstream.backends.mlx.pool import Span
+    from cortexstream.backends.mlx.plane import Span
 
     pool = make_pool(8)
     written = fill(pool, Span(source[0] * BLOCK, source[1] * BLOCK), range(29), seed=3)
@@ -102,7 +113,7 @@ def test_f17_f20_a_move_keeps_every_bit(source: tuple[int, int], target: tuple[i
 
 def test_p8_compaction_keeps_the_survivors() -> None:
     """Random admissions, growth and releases: after every operation each live sequence still reads what it wrote."""
-    from cortexstream.backends.mlx.pool import Span
+    from cortexstream.backends.mlx.plane import Span
 
     rng = random.Random(5)
     arena, pool = KVArena(24, BLOCK), make_pool(24)
@@ -166,7 +177,7 @@ def test_p9_pools_stay_in_place_for_1000_steps(tmp_path: Path) -> None:
     assert stats.arena.compactions and stats.arena.relocations and stats.preemptions
     large, large_growth = serve(folder, 200, blocks=4000)
     pool = large.backend.pool
-    assert isinstance(pool, RowPool) and large_growth < pool.keys[0].nbytes / 4, "a step copied a pool"
+    assert isinstance(pool, RowPool) and large_growth < pool.keys[0].arrays[0].nbytes / 4, "a step copied a pool"
     assert growth < 8 << 20
 
 

@@ -134,14 +134,14 @@ def test_p7_kv_memory(folder: Path) -> None:
 
 
 def test_f32_f22_kv_is_zero_at_first_and_a_contiguous_row_is_a_view() -> None:
-    pool = KVPool((LayerKV(2, 4, 3),), 5, 4, 10**6)
+    pool = KVPool({3: LayerKV(2, 4, 3)}, 5, 4)
     run, scattered = KVRows((1, 2), True), KVRows((4, 0), False)
     for kv in (KVRows(tuple(range(5)), True), scattered):
-        keys, values = pool.read(0, kv, 8)
+        keys, values = pool.read(3, pool.where(kv, 0, 8))
         assert keys.shape == (8, 2, 4) and values.shape == (8, 2, 3)
         assert not keys.any() and not values.any()
-    keys, _ = pool.read(0, run, 6)
-    pool.append(0, pool.slots(run, 5, 1), np.ones((1, 2, 4), np.float32), np.ones((1, 2, 3), np.float32))
+    keys, _ = pool.read(3, pool.where(run, 0, 6))
+    pool.append(3, pool.slots(run, 5, 1), np.ones((1, 2, 4), np.float32), np.ones((1, 2, 3), np.float32))
     assert keys[5].all() and not keys[:5].any()  # seen through the view that was made before
     assert pool.slots(scattered, 3, 3).tolist() == [19, 0, 1]
 

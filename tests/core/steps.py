@@ -9,6 +9,7 @@ from cortexstream.kv import KVArena
 from cortexstream.plan import PlanRow, RowResult, StepPlan, StepResult
 from cortexstream.request import FinishReason
 from cortexstream.scheduler import Limits, Scheduler, TokenEvent
+from cortexstream.swap import SwapPolicy
 
 Script = Callable[[PlanRow], int]
 EOS = 2
@@ -16,10 +17,11 @@ EOS = 2
 
 def scheduler(
     *, num_blocks: int = 64, block_tokens: int = 4, placement: Literal["run", "paged"] = "run", seqs: int = 4,
-    budget: int = 64, context: int = 200, eos: frozenset[int] = frozenset({EOS}),
+    budget: int = 64, context: int = 200, eos: frozenset[int] = frozenset({EOS}), prefix_caching: bool = False,
+    swap: SwapPolicy | None = None,
 ) -> Scheduler:  # fmt: skip
     limits = Limits(1000, context, f"the model's context is {context} tokens", eos, seqs, budget)
-    return Scheduler(KVArena(num_blocks, block_tokens, placement), limits)
+    return Scheduler(KVArena(num_blocks, block_tokens, placement, prefix_caching=prefix_caching), limits, swap)
 
 
 def position(row: PlanRow) -> int:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from cortexstream.backend import Backend, BackendInfo, BackendOptions, ModelInfo, WarmupReport
+from cortexstream.backend import Backend, BackendInfo, BackendOptions, LayerState, ModelInfo, WarmupReport
 from cortexstream.backends.null.backend import NullBackend, NullTicket, create, next_token
 from cortexstream.config import EngineConfig
 from cortexstream.engine import EngineCore
 from cortexstream.kv import ArenaStats, KVArena, KVHandle
-from cortexstream.plan import PENDING, Move, RowResult, SampleSpec, StepPlan, StepResult
+from cortexstream.plan import PENDING, KVRows, MemoryOp, Move, RowResult, SampleSpec, StepPlan, StepResult
 from cortexstream.request import FinishReason, Request, SamplingParams
 from cortexstream.scheduler import TokenEvent
 
@@ -47,8 +48,9 @@ class Store:
         self._written[handle] = np.concatenate([before, values])
         self._cells[self._rows(handle.blocks, start, handle.position)] = values
 
-    def moves(self, moves: Iterable[Move]) -> None:
+    def moves(self, moves: Iterable[MemoryOp]) -> None:
         for move in moves:
+            assert isinstance(move, Move)
             source = tuple(range(move.source, move.source + move.source_blocks))
             target = tuple(range(move.target, move.target + move.target_blocks))
             copied = self._cells[self._rows(source, 0, move.num_tokens)].copy()
@@ -163,8 +165,8 @@ class AuditedBackend:
     def model(self) -> ModelInfo:
         return self.inner.model
 
-    def allocate_kv(self, num_blocks: int) -> int:
-        return self.inner.allocate_kv(num_blocks)
+    def allocate_kv(self, num_blocks: int, ring_blocks: tuple[int, ...] = ()) -> int:
+        return self.inner.allocate_kv(num_blocks, ring_blocks)
 
     def submit(self, plan: StepPlan) -> Any:
         self.fault("submit", plan.step)
@@ -184,6 +186,12 @@ class AuditedBackend:
         self.inner.reset()
         self._drew = {}
 
+    def read_kv(self, kv: KVRows, num_tokens: int) -> list[LayerState]:
+        return self.inner.read_kv(kv, num_tokens)
+
+    def write_kv(self, kv: KVRows, num_tokens: int, layers: list[LayerState]) -> None:
+        self.inner.write_kv(kv, num_tokens, layers)
+
     def memory_addresses(self) -> list[int]:
         return self.inner.memory_addresses()
 
@@ -198,8 +206,7 @@ class AuditedBackend:
         slots = [row.slot for row in plan.rows]
         assert len(set(slots)) == len(slots) and all(0 <= slot < self._max_num_seqs for slot in slots)
         assert len({row.seq_id for row in plan.rows}) == len(plan.rows)
-        blocks = [block for row in plan.rows for block in row.kv.blocks]
-        assert len(set(blocks)) == len(blocks), "two rows share a block"
+        self._audit_blocks(plan)
         drew = {}
         for row in plan.rows:
             assert row.tokens and PENDING not in row.tokens[:-1]
@@ -209,6 +216,18 @@ class AuditedBackend:
             if row.sample is not None:
                 drew[row.slot] = row.seq_id
         self._last_step, self._drew = plan.step, drew
+
+    def _audit_blocks(self, plan: StepPlan) -> None:
+        """Two rows may share blocks, but none that either of them writes."""
+        size = self.info.block_tokens
+        written = Counter[int]()
+        for row in plan.rows:
+            first, last = row.start // size, (row.start + len(row.tokens) - 1) // size
+            written.update(row.kv.blocks[first : last + 1])
+        held = Counter(block for row in plan.rows for block in row.kv.blocks)
+        assert all(held[block] == 1 for block in written), "a row writes a block that another one holds"
+        if self.info.kv_layout == "run":
+            assert not held or max(held.values()) == 1, "two rows share a block"
 
 
 def engine(

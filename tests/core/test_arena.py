@@ -12,7 +12,13 @@ import pytest
 from cortexstream.backend import LayerKV, ModelInfo
 from cortexstream.errors import ArenaError, ArenaFullError
 from cortexstream.kv import ArenaStats, KVArena, KVHandle
+from cortexstream.plan import MemoryOp, Move
 from tests.core.support import PLACEMENTS, Placement, Store, side_by_side, snapshot
+
+
+def tokens_of(move: MemoryOp) -> int:
+    assert isinstance(move, Move)
+    return move.num_tokens
 
 
 @pytest.mark.parametrize("head_major", [False, True])
@@ -35,7 +41,7 @@ def test_f17_compaction_serves_a_run_that_no_hole_holds(head_major: bool) -> Non
     store.write(big, 128)
     store.verify()
     arena.check()
-    assert arena.stats().moved_tokens == sum(m.num_tokens for m in moves) <= 2 * 64  # two gaps join, no more is moved
+    assert arena.stats().moved_tokens == sum(tokens_of(m) for m in moves) <= 2 * 64  # two gaps join, no more is moved
 
 
 def test_f18_bytes_per_token() -> None:
@@ -151,7 +157,8 @@ def test_f24_stats_and_text() -> None:
     arena.release(hole)
     assert arena.stats() == ArenaStats(
         num_blocks=70, used_blocks=7, free_blocks=63, largest_free_run=61, fragmentation=1 - 61 / 63,
-        num_sequences=2, used_tokens=25, moved_tokens=0, relocations=0, compactions=0,
+        num_sequences=2, used_tokens=25, moved_tokens=0, relocations=0, compactions=0, cached_blocks=0,
+        copied_tokens=0, reused_tokens=0, moved_by_pool=(0,), copied_by_pool=(0,),
     )  # fmt: skip
     assert arena.describe().splitlines() == [
         "configuration: 70 blocks of 4 tokens, placement run",
@@ -159,7 +166,7 @@ def test_f24_stats_and_text() -> None:
         "sequences: 2",
         "  9/12 tokens, blocks [0, +3]",
         "  16/16 tokens, blocks [5, +4]",
-        "blocks ('X' used, '.' free):",
+        "blocks ('X' used, 'o' kept for reuse, '.' free):",
         "X" * 3 + ".." + "X" * 4 + "." * 55,
         "." * 6,
     ]
@@ -260,7 +267,7 @@ def test_moves_are_counted_and_empty_sequences_move_for_nothing() -> None:
         arena.release(handles[index])
     arena.admit(6, 6)  # moves both: one with a token, one without
     moves = arena.take_moves()
-    assert sum(m.num_tokens for m in moves) == 1 and all(m.num_tokens for m in moves)
+    assert [tokens_of(m) for m in moves] == [1]
     assert arena.stats().moved_tokens == 1
     assert arena.take_moves() == ()
 
@@ -314,16 +321,24 @@ def test_check_finds_broken_ownership() -> None:
         arena.check()
         return arena, first, second
 
+    def lie(arena: KVArena, handle: KVHandle, blocks: tuple[int, ...]) -> None:
+        arena._full.assign(handle, blocks)
+        arena._place()
+
     arena, first, _ = arena_with_two()
     first.position = 5
     with pytest.raises(ArenaError, match="over-full"):
         arena.check()
     arena, first, second = arena_with_two()
-    first.place(second.blocks)
+    first.place(second.rows)
+    with pytest.raises(ArenaError, match="shows other blocks than it holds"):
+        arena.check()
+    arena, first, second = arena_with_two()
+    lie(arena, first, second.blocks)
     with pytest.raises(ArenaError, match="shares a block"):
         arena.check()
     arena, first, _ = arena_with_two()
-    first.place((1, 0))
+    lie(arena, first, (1, 0))
     with pytest.raises(ArenaError, match="not contiguous"):
         arena.check()
     arena, first, _ = arena_with_two()
@@ -332,5 +347,5 @@ def test_check_finds_broken_ownership() -> None:
         arena.check()
     arena, first, _ = arena_with_two()
     arena._handles.remove(first)
-    with pytest.raises(ArenaError, match="taken without an owner"):
+    with pytest.raises(ArenaError, match="held by nobody who is known"):
         arena.check()

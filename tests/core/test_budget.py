@@ -6,7 +6,7 @@ import pytest
 
 from cortexstream.config import EngineConfig
 from cortexstream.engine import EngineCore
-from cortexstream.engine.core import kv_blocks
+from cortexstream.engine.budget import kv_size
 from cortexstream.errors import OutOfMemoryBudgetError
 from tests.core.support import engine, null_backend
 
@@ -26,7 +26,7 @@ from tests.core.support import engine, null_backend
 )
 def test_budget(config: dict[str, object], extra: dict[str, object], blocks: int) -> None:
     made = EngineConfig(backend="null", **config)  # type: ignore[arg-type]
-    assert kv_blocks(null_backend(**extra), made) == blocks
+    assert kv_size(null_backend(**extra), made) == (blocks, ())
     assert EngineCore(null_backend(**extra), made).kv_bytes == blocks * 256
 
 

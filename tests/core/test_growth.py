@@ -92,7 +92,7 @@ def test_growth_prefers_a_tight_fit_to_a_refusal() -> None:
     tight.grow(handle, 7)  # the class, 8, needs 4 blocks and 3 are free
     assert len(handle.blocks) == 7 and tight.free_blocks == 0
     before = snapshot(tight, [handle, other])
-    with pytest.raises(ArenaFullError, match="1 more blocks are needed, 0 of 12 are free"):
+    with pytest.raises(ArenaFullError, match="growing to 5 tokens needs 1 blocks of 1; 0 of 12 are free"):
         tight.grow(other, 5)
     assert snapshot(tight, [handle, other]) == before
 

@@ -56,6 +56,16 @@ def test_f51_a_chunk_gives_the_bits_of_the_whole() -> None:
         assert np.array_equal(np.concatenate(chunks), whole)
 
 
+@pytest.mark.parametrize(("start", "window"), [(8, 5), (30, 24), (3, 9), (40, 1)])
+def test_f39_keys_that_no_query_sees_may_be_left_out(start: int, window: int) -> None:
+    """The same bits, wherever the keys begin, up to the first that the first query sees."""
+    q, k, v = random(7, 4, 16), random(start + 7, 2, 16, seed=1), random(start + 7, 2, 16, seed=2)
+    sinks = random(4, seed=3)
+    whole = attention(q, k, v, start, 0.25, window, sinks)
+    for first in range(max(0, start - window + 1) + 1):
+        assert np.array_equal(attention(q, k[first:], v[first:], start, 0.25, window, sinks, first), whole)
+
+
 def test_f39_a_sink_is_a_key_without_a_value() -> None:
     """A sink of logit s equals one more key whose score is s and whose value is zero."""
     q, k, v, sinks = random(1, 4, 16), random(6, 2, 16, seed=1), random(6, 2, 16, seed=2), random(4, seed=3)
@@ -70,8 +80,12 @@ def test_f39_a_sink_is_a_key_without_a_value() -> None:
     ("q", "k", "start", "more", "words"),
     [
         ((2, 7, 8), (2, 3, 8), 0, {}, "7 query heads cannot share 3"),
-        ((2, 4, 8), (4, 2, 8), 1, {}, "from position 1 need 3 keys; there are 4"),
+        ((2, 4, 8), (4, 2, 8), 1, {}, "from position 1 need 3 keys from 0 on; there are 4"),
         ((2, 4, 8), (1, 2, 8), -1, {}, "from position -1"),
+        ((2, 4, 8), (6, 2, 8), 8, {"window": 5, "first": 5}, "from position 8 need 5 keys from 5 on; there are 6"),
+        ((2, 4, 8), (5, 2, 8), 8, {"window": 5, "first": 5}, "first is 5; for queries from 8 and window 5 .* 0 to 4"),
+        ((2, 4, 8), (9, 2, 8), 8, {"first": 1}, "first is 1; for queries from 8 and window None it must be 0 to 0"),
+        ((2, 4, 8), (5, 2, 8), 2, {"first": -1}, "first is -1"),
         ((2, 4, 8), (2, 2, 4), 0, {}, "must be"),
         ((2, 4, 8), (2, 2, 8), 0, {"window": 0}, "window is 0"),
         ((2, 4, 8), (2, 2, 8), 0, {"sinks": random(2)}, "4 query heads need"),

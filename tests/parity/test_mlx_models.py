@@ -31,11 +31,11 @@ class Recorder:
 
     def __init__(self, backend: Any) -> None:
         self.logits: dict[tuple[int, int], np.ndarray] = {}
-        self._forward = backend._forward
-        backend._forward = self
+        self._right = backend._forward.decode
+        backend._forward.decode = self
 
     def __call__(self, pool: Any, rows: Any, positions: list[int], tokens: Any) -> Any:
-        logits = self._forward(pool, rows, positions, tokens)
+        logits = self._right(pool, rows, positions, tokens)
         for row, position, values in zip(rows, positions, np.array(logits.astype(mx.float32)), strict=True):
             self.logits[row.seq_id, position] = values
         return logits
@@ -119,9 +119,10 @@ def test_probe_sees_a_wrong_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     right = cache.Batch._segment
 
-    def short(self: Any, first: int, count: int, window: int | None) -> Any:
-        segment = right(self, first, count, window)
-        return segment._replace(length=segment.length - 1)
+    def short(self: Any, number: int, first: int, count: int) -> Any:
+        segment = right(self, number, first, count)
+        segment.length -= 1
+        return segment
 
     monkeypatch.setattr(cache.Batch, "_segment", short)
     folder = write_model(tmp_path, "llama", {})
@@ -203,7 +204,7 @@ def test_windows_in_some_layers_only_are_refused(tmp_path: Path) -> None:
 
 def test_one_row_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last fallback: no batched decode at all. Right logits, a note, and no pool copied (asserted in run)."""
-    from cortexstream.backends.mlx import backend as module
+    from cortexstream.backends.mlx import forward as module
     from cortexstream.backends.mlx.attention import RaggedNotPossible
 
     def impossible(*_: Any) -> None:

@@ -3,51 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cortexstream.backend import Backend, BackendOptions
-from cortexstream.backends import reference
-from cortexstream.plan import PENDING, KVRows, Move, PlanRow, RowResult, SampleSpec, StepPlan
+from cortexstream.plan import PENDING, KVRows, Move, PlanRow, RowResult, SampleSpec
 from cortexstream.sampling import draw
 from tests.conftest import require
+from tests.parity.reference_models import (
+    CASES,
+    EVERYTHING,
+    PROMPTS,
+    by_transformers,
+    distribution,
+    greedy,
+    load,
+    make_folder,
+    prefill,
+    rows_for,
+    step,
+)
 
-VOCAB = 97
-BLOCK = 4
-EVERYTHING = SampleSpec(logprobs=VOCAB)  # greedy, and the whole distribution
-PROMPTS = [tuple(np.random.default_rng(n).integers(0, VOCAB, n).tolist()) for n in (1, 13, 30)]
-
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}  # fmt: skip
-LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.5}
-
-# name: (model_type, dtype, sharded, settings beside the common ones)
-CASES: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
-    "llama": ("llama", "float32", False, {}),
-    "llama-biases": ("llama", "float16", False, {"attention_bias": True, "mlp_bias": True, "head_dim": 24}),
-    "llama-linear-tied-bf16-sharded": (
-        "llama", "bfloat16", True, {"rope_parameters": LINEAR, "tie_word_embeddings": True},
-    ),
-    "llama-llama3-mha": ("llama", "float32", False, {"rope_parameters": LLAMA3, "num_key_value_heads": 4}),
-    "mistral-full": ("mistral", "bfloat16", False, {"sliding_window": None, "head_dim": 20}),
-    "mistral-window": ("mistral", "float32", True, {"sliding_window": 6}),
-    "qwen2-tied": ("qwen2", "float32", False, {"tie_word_embeddings": True}),
-    "qwen2-windows": (
-        "qwen2", "float32", False, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-    ),
-    "qwen3": ("qwen3", "bfloat16", True, {"head_dim": 24}),
-    "qwen3-windows": (
-        "qwen3", "float32", False,
-        {"head_dim": 16, "use_sliding_window": True, "sliding_window": 5, "tie_word_embeddings": True,
-         "layer_types": ["sliding_attention", "full_attention"]},
-    ),
-}  # fmt: skip
 MLX_CASES = ["llama", "llama-linear-tied-bf16-sharded", "llama-llama3-mha", "mistral-full", "qwen2-tied", "qwen3"]
 
 
@@ -56,36 +35,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     require("torch")
     require("transformers")
     return {name: make_folder(tmp_path_factory.mktemp(name), *case) for name, case in CASES.items()}
-
-
-def make_folder(folder: Path, model_type: str, dtype: str, sharded: bool, settings: dict[str, Any]) -> Path:
-    """A random model as transformers saves it. All parameters are random: zero biases and unit norms hide mistakes."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    common = {
-        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "rms_norm_eps": 1e-5,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "eos_token_id": 2,
-        "bos_token_id": 1, "pad_token_id": None, "tie_word_embeddings": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    }  # fmt: skip
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**common, **settings}))
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2 if parameter.ndim == 1 else 0.1)
-    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="60KB" if sharded else "1GB")
-    assert (folder / "model.safetensors.index.json").exists() == sharded
-    return folder
-
-
-def by_transformers(folder: Path, tokens: Sequence[int]) -> Any:
-    """Log-probabilities after every token, [T, V]."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        return torch.log_softmax(model(torch.tensor([tokens])).logits[0], -1).numpy()
 
 
 def by_mlx_lm(folder: Path, tokens: Sequence[int]) -> Any:
@@ -99,71 +48,6 @@ def by_mlx_lm(folder: Path, tokens: Sequence[int]) -> Any:
     return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
 
-def load(folder: Path, layout: str = "paged", blocks: int = 64) -> Backend:
-    backend = reference.create(BackendOptions(model=str(folder), kv_layout=layout, block_tokens=BLOCK))  # type: ignore[arg-type]
-    assert backend.info.kv_layout == layout
-    backend.allocate_kv(blocks)
-    return backend
-
-
-def rows_for(number: int, layout: str) -> KVRows:
-    """16 of 64 blocks for one of four sequences: adjacent, or every fourth one, backwards."""
-    return KVRows(tuple(range(16 * number, 16 * number + 16)), True) if layout == "run" else KVRows(
-        tuple(range(63 - number, -1, -4)), False
-    )  # fmt: skip
-
-
-def step(backend: Backend, number: int, rows: Iterable[PlanRow], moves: Iterable[Move] = ()) -> tuple[RowResult, ...]:
-    result = backend.collect(backend.submit(StepPlan(number, tuple(rows), tuple(moves))))
-    assert result.step == number
-    return result.rows
-
-
-def distribution(row: RowResult) -> Any:
-    assert row.error is None and row.logprob == row.top_logprobs[0][1]
-    return np.array([logprob for _, logprob in sorted(row.top_logprobs)])
-
-
-def prefill(backend: Backend, tokens: Sequence[int], chunk: int, kv: KVRows) -> dict[int, Any]:
-    """Position -> log-probabilities after it, at the end of every chunk."""
-    found = {}
-    for start in range(0, len(tokens), chunk):
-        part = tuple(tokens[start : start + chunk])
-        (row,) = step(backend, start + 1, [PlanRow(0, 0, part, start, kv, EVERYTHING)])
-        found[start + len(part) - 1] = distribution(row)
-    return found
-
-
-def greedy(
-    backend: Backend, prompts: Sequence[Sequence[int]], count: int, layout: str, chunk: int = 5
-) -> list[list[int]]:
-    """Continue all prompts at once, one plan in flight, prompts in chunks beside rows that decode already."""
-    done = [0] * len(prompts)
-    fed = [0] * len(prompts)
-    tokens: list[list[int]] = [[] for _ in prompts]
-    ticket, number = None, 0
-    while ticket is not None or min(done) < count:
-        rows = []
-        for seq, prompt in enumerate(prompts):
-            if fed[seq] < len(prompt):
-                part = tuple(prompt[fed[seq] : fed[seq] + chunk])
-                last = fed[seq] + len(part) == len(prompt)
-            elif done[seq] < count:
-                part, last = (PENDING,), True
-            else:
-                continue
-            rows.append(PlanRow(seq, seq, part, fed[seq], rows_for(seq, layout), SampleSpec() if last else None))
-            fed[seq] += len(part)
-            done[seq] += last
-        number += 1
-        following = backend.submit(StepPlan(number, tuple(rows))) if rows else None
-        if ticket is not None:
-            for row in backend.collect(ticket).rows:
-                tokens[row.seq_id].append(row.token)
-        ticket = following
-    return tokens
-
-
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("layout", ["run", "paged"])
 def test_f53_f51_logprobs_are_transformers_in_chunks_of_1_7_64(
@@ -171,7 +55,8 @@ def test_f53_f51_logprobs_are_transformers_in_chunks_of_1_7_64(
 ) -> None:
     want = by_transformers(folders[name], PROMPTS[2])
     for chunk in (1, 7, 64):
-        found = prefill(load(folders[name], layout), PROMPTS[2], chunk, rows_for(1, layout))
+        backend = load(folders[name], layout)
+        found = prefill(backend, PROMPTS[2], chunk, rows_for(backend, 1))
         assert len(found) == -(-len(PROMPTS[2]) // chunk)
         for position, logprobs in found.items():
             np.testing.assert_allclose(logprobs, want[position], atol=1e-4, rtol=0)
@@ -180,8 +65,8 @@ def test_f53_f51_logprobs_are_transformers_in_chunks_of_1_7_64(
 @pytest.mark.parametrize("name", CASES)
 def test_f55_a_ragged_batch_continues_like_transformers(folders: dict[str, Path], name: str) -> None:
     """Prompts of 1, 13 and 30 tokens, drawn ahead of the host; the judge recomputes everything for every token."""
-    found = greedy(load(folders[name]), PROMPTS, 8, "paged")
-    assert greedy(load(folders[name], "run"), PROMPTS, 8, "run") == found
+    found = greedy(load(folders[name]), PROMPTS, 8)
+    assert greedy(load(folders[name], "run"), PROMPTS, 8) == found
     for prompt, tokens in zip(PROMPTS, found, strict=True):
         judged = by_transformers(folders[name], [*prompt, *tokens])[len(prompt) - 1 : -1]
         assert judged.argmax(-1).tolist() == tokens
@@ -190,7 +75,8 @@ def test_f55_a_ragged_batch_continues_like_transformers(folders: dict[str, Path]
 @pytest.mark.parametrize("name", MLX_CASES)
 def test_f53_logprobs_are_mlx_lms(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
     folder = with_old_rope_keys(folders[name], tmp_path)
-    found = prefill(load(folder), PROMPTS[2], 64, rows_for(0, "paged"))
+    backend = load(folder)
+    found = prefill(backend, PROMPTS[2], 64, rows_for(backend, 0))
     np.testing.assert_allclose(found[29], by_mlx_lm(folder, PROMPTS[2])[29], atol=1e-4, rtol=0)
 
 
@@ -231,19 +117,22 @@ def test_p2_f62_a_folder_quantised_by_mlx_lm(
     saved = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization"]
     assert saved["model.layers.0.mlp.down_proj"]["bits"] == 8 and saved["bits"] == bits
     backend = load(tmp_path / "packed")
-    found = prefill(backend, PROMPTS[2], 64, rows_for(0, "paged"))
+    found = prefill(backend, PROMPTS[2], 64, rows_for(backend, 0))
     np.testing.assert_allclose(found[29], by_mlx_lm(tmp_path / "packed", PROMPTS[2])[29], atol=1e-4, rtol=0)
 
 
 def test_p4_bits_do_not_depend_on_batch_chunk_or_layout(folders: dict[str, Path]) -> None:
     """F73: the same logprobs, bit by bit, alone, in a batch of three, in chunks of 1, 7 and 64, run or paged."""
     folder = folders["qwen3"]
-    whole = prefill(load(folder), PROMPTS[2], 64, rows_for(0, "paged"))[29]
+    backend = load(folder)
+    whole = prefill(backend, PROMPTS[2], 64, rows_for(backend, 0))[29]
     for layout in ("run", "paged"):
         for chunk in (1, 7):
-            assert np.array_equal(prefill(load(folder, layout), PROMPTS[2], chunk, rows_for(2, layout))[29], whole)
-        rows = [PlanRow(n, n, prompt, 0, rows_for(n, layout), EVERYTHING) for n, prompt in enumerate(PROMPTS)]
-        assert np.array_equal(distribution(step(load(folder, layout), 1, rows)[2]), whole)
+            backend = load(folder, layout)
+            assert np.array_equal(prefill(backend, PROMPTS[2], chunk, rows_for(backend, 2))[29], whole)
+        backend = load(folder, layout)
+        rows = [PlanRow(n, n, prompt, 0, rows_for(backend, n), EVERYTHING) for n, prompt in enumerate(PROMPTS)]
+        assert np.array_equal(distribution(step(backend, 1, rows)[2]), whole)
 
 
 def test_f17_moves_keep_contents_and_order(folders: dict[str, Path]) -> None:
@@ -275,10 +164,10 @@ def test_f17_moves_keep_contents_and_order(folders: dict[str, Path]) -> None:
 
 def test_pending_reaches_the_penalties(folders: dict[str, Path]) -> None:
     """A pending output token is penalised as a known one is: by enough to change what is drawn."""
-    kv = rows_for(0, "paged")
 
     def second(token: int, spec: SampleSpec) -> tuple[int, RowResult]:
         backend = load(folders["qwen2-tied"])
+        kv = rows_for(backend, 0)
         (first,) = step(backend, 1, [PlanRow(4, 3, PROMPTS[1], 0, kv, SampleSpec())])
         fed = PENDING if token == PENDING else first.token
         return first.token, step(backend, 2, [PlanRow(4, 3, (fed,), 13, kv, spec)])[0]
@@ -313,7 +202,8 @@ def test_windows_reach_the_core_and_max_window_layers_means_layer_types(
 
 def test_f73_draws_are_keyed_by_the_position_of_the_drawn_token(folders: dict[str, Path]) -> None:
     """Seeded draws are `sampling.draw` on the backend's own distribution, for the position after the last fed one."""
-    backend, kv = load(folders["llama"]), rows_for(0, "paged")
+    backend = load(folders["llama"])
+    kv = rows_for(backend, 0)
     spec = EVERYTHING._replace(temperature=1.5, seed=2**40 + 3, top_k=60)
     fed: tuple[int, ...] = PROMPTS[1]
     start = 0

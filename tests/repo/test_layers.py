@@ -24,7 +24,8 @@ LAYERS = """
     engine
     scheduler
     sequence
-    kv
+    swap
+    kv cache
     sampling
     backend
     plan
