@@ -145,7 +145,8 @@ class Backend(Protocol):
     def allocate_kv(self, num_blocks: int, ring_blocks: tuple[int, ...] = ()) -> int:
         """Make and touch the KV memory; returns its bytes. Called once, before the first plan.
 
-        `num_blocks` are those of the full-attention layers, `ring_blocks` one number per window of the model. Raises OutOfMemoryBudgetError when the device refuses.
+        `num_blocks` are those of the full-attention layers, `ring_blocks` one number per window of the model. Raises
+        OutOfMemoryBudgetError when the device refuses.
         """
         ...
 

@@ -32,11 +32,13 @@ class Completion:
         self._finish: FinishReason | None = None
         self._stop_reason: str | int | None = None
         self._error: str | None = None
+        self.num_cached_tokens = 0
 
     def take(self, event: TokenEvent) -> tuple[str, bool]:
         """Add an event; returns (new text, whether a stop string ended it just now)."""
         if event.token is not None:
             self._tokens.append(event.token)
+            self.num_cached_tokens = event.num_cached_tokens
             self._add_logprobs(event)
         self._finish, self._error = event.finish, event.error
         if event.finish is FinishReason.STOP and event.token in self._sampling.stop_token_ids:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "kv_dtype": ("auto", "int8", "int4"),
     "preemption_mode": ("auto", "recompute", "swap"),
 }
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)b?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,13 +82,12 @@ class EngineConfig:
 
 
 def parse_bytes(field: str, value: int | str) -> int:
-    """Bytes from a number or a text like "512MiB", "4G"; raises InvalidRequestError."""
-    text = str(value).strip().lower().removesuffix("b") if not str(value).lower().endswith("ib") else str(value).lower()
-    number = text.rstrip("kmgib")
-    try:
-        size = int(float(number) * UNITS[text[len(number) :]])
-    except (ValueError, KeyError, OverflowError):
-        size = 0
+    """Bytes from a number or a text like "512MiB", "4G", "1.5 TB"; raises InvalidRequestError."""
+    match = SIZE.fullmatch(str(value).strip().lower())
+    size = 0
+    if match is not None and not isinstance(value, bool):
+        number, unit, binary = match.groups()
+        size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit or " "))
     if size < 1:
         raise InvalidRequestError(field, f"is {value!r}; must be a number of bytes, or a text like '512MiB' or '4GiB'")
     return size

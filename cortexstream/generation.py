@@ -62,7 +62,8 @@ class Generation:
         """A snapshot of everything so far."""
         with self._lock:
             outputs = tuple(completion.output() for completion in self._completions)
-        return RequestOutput(self.request_id, self._prompt, self._prompt_token_ids, outputs)
+            cached = self._completions[0].num_cached_tokens
+        return RequestOutput(self.request_id, self._prompt, self._prompt_token_ids, outputs, cached)
 
     def result(self, timeout_s: float | None = None) -> RequestOutput:
         """Wait for the end. Raises TimeoutError (the generation goes on) if it takes longer."""

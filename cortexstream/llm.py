@@ -8,12 +8,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cortexstream import platform
+from cortexstream import platform, prefix_file
 from cortexstream.backend import BackendInfo, BackendOptions, ModelInfo, WarmupReport
 from cortexstream.config import EngineConfig
 from cortexstream.engine import EngineStats, EngineThread
+from cortexstream.engine.private import export_prefix, import_prefix
 from cortexstream.errors import InvalidRequestError
 from cortexstream.generation import Generation, Listener
+from cortexstream.kv import picture
 from cortexstream.models import resolve_model
 from cortexstream.outputs import RequestOutput, StreamChunk
 from cortexstream.progress import progress, wanted
@@ -180,6 +182,24 @@ class LLM:
 
         return self._engine.call(lambda core: core.warmup(prompt_tokens, rows))
 
+    def save_prefix(self, prompt: Prompt, path: str | Path) -> int:
+        """Compute a prompt's keys and values and write them to a safetensors file (`cortexstream.prefix_file` says what
+        is in it); returns the number of tokens. The file serves every backend that loads the same checkpoint."""
+        _, tokens = tokenize(prompt, self.tokenizer)
+        layers = self._engine.call(lambda core: export_prefix(core, tokens))
+        prefix_file.save(Path(path), self._checkpoint_id(), prefix_file.Prefix(tokens, layers))
+        return len(tokens)
+
+    def load_prefix(self, path: str | Path) -> int:
+        """Read a file of `save_prefix`: prompts that begin with its tokens need not compute them, as long as nobody
+        else needs the memory. Returns how many tokens will be found. Raises ModelLoadError for a file that is damaged
+        or another checkpoint's."""
+        prefix = prefix_file.load(Path(path), self._checkpoint_id())
+        return self._engine.call(lambda core: import_prefix(core, prefix.tokens, prefix.layers))
+
+    def _checkpoint_id(self) -> str:
+        return prefix_file.checkpoint_id(self.folder)
+
     def stats(self) -> EngineStats:
         """What the engine counted so far, and the arena as it is now."""
         return self._engine.stats()
@@ -191,6 +211,18 @@ class LLM:
     def describe_arena(self) -> str:
         """The KV arena as text: configuration, state, sequences, block map."""
         return self._engine.call(lambda core: core.arena.describe())
+
+    def arena_svg(self, path: str | Path | None = None) -> str:
+        """The KV arena as one SVG picture (`cortexstream.kv.picture` says how to read it), written to `path` if given.
+
+        Raises InvalidRequestError if that cannot be written; a folder that is missing is not made.
+        """
+        if path is not None:
+            picture.check_path(path)
+        drawn = picture.arena_svg(self._engine.call(lambda core: core.arena.snapshot()))
+        if path is not None:
+            picture.write(drawn, path)
+        return drawn
 
     def check(self) -> None:
         """Prove the engine's invariants; raises if one is broken."""

@@ -39,6 +39,7 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
+    num_cached_tokens: int = 0  # of the prompt: not computed, because they were for an earlier request
 
     @property
     def finished(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ class TokenEvent(NamedTuple):
     top_logprobs: tuple[tuple[int, float], ...]
     finish: FinishReason | None
     error: str | None = None
+    num_cached_tokens: int = 0  # of the prompt: not computed for this request, because they were for another
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,25 @@ class Scheduler:
         self._in_flight.append((self._step, sampled))
         return StepPlan(self._step, tuple(rows), moves)
 
+    def private_plan(self, rows: Iterable[PlanRow]) -> StepPlan:
+        """A step outside of the schedule, with the memory operations that wait; nothing may be in flight."""
+        if self._in_flight:
+            raise EngineError(f"step {self._in_flight[0][0]} is in flight; commit it first")
+        self._step += 1
+        return StepPlan(self._step, tuple(rows), self.arena.take_moves())
+
+    def borrow_slot(self) -> int:
+        """A slot for a private plan. Raises EngineError if none is left."""
+        if not self._slots:
+            raise EngineError(
+                f"all {self.limits.max_num_seqs} sequences are in use: wait until one ends, or raise max_num_seqs"
+            )
+        return self._slots.pop()
+
+    def return_slot(self, slot: int) -> None:
+        """Give a borrowed slot back."""
+        self._slots.append(slot)
+
     def commit(self, result: StepResult) -> list[TokenEvent]:
         """Apply the outcome of the oldest plan in flight: append tokens, stop, release. Returns what happened."""
         if not self._in_flight or self._in_flight[0][0] != result.step:
@@ -186,7 +207,9 @@ class Scheduler:
             finish = FinishReason.LENGTH
         if finish is not None:
             self._finish(sequence, finish)
-        return TokenEvent(row.seq_id, row.token, row.logprob, row.top_logprobs, finish)
+        return TokenEvent(
+            row.seq_id, row.token, row.logprob, row.top_logprobs, finish, num_cached_tokens=sequence.reused_tokens
+        )
 
     def _grow_running(self) -> None:
         """Give every decoding sequence room for its next token, oldest first; the youngest pay."""
@@ -215,6 +238,8 @@ class Scheduler:
                 self._refused = (sequence.id, self.arena.changes)
                 break
             self._waiting.popleft()
+            if not sequence.num_output:
+                sequence.reused_tokens = handle.position
             sequence.start(handle, self._slots.pop())
             self._running.append(sequence)
 

@@ -35,6 +35,7 @@ class Sequence:
         "limit_tokens",
         "num_prompt",
         "request",
+        "reused_tokens",
         "slot",
         "stop_ids",
         "swapped_tokens",
@@ -52,6 +53,7 @@ class Sequence:
         self.handle: KVHandle | None = None
         self.slot = -1
         self.draws_pending = 0
+        self.reused_tokens = 0  # of the prompt, found in the arena when this sequence first ran
         self.swapped_tokens = 0  # of a preempted sequence: so many tokens' KV are in host memory
         self.finish: FinishReason | None = None
         self._spec = SampleSpec(

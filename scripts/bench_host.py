@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bench_record import write_record
 
 from cortexstream import EngineConfig, SamplingParams
-from cortexstream.backend import BackendInfo, LayerKV, ModelInfo, WarmupReport
+from cortexstream.backend import BackendInfo, LayerKV, LayerState, ModelInfo, WarmupReport
 from cortexstream.engine import EngineCore
-from cortexstream.plan import RowResult, StepPlan, StepResult
+from cortexstream.plan import KVRows, RowResult, StepPlan, StepResult
 from cortexstream.request import Request
 from cortexstream.scheduler import TokenEvent
 
@@ -51,11 +51,11 @@ class InstantBackend:
             dtype="none",
         )
         self.model = ModelInfo(
-            architecture="none", vocab_size=2, max_context_tokens=max_context_tokens, eos_token_ids=frozenset(),
+            architecture="none", vocab_size=4096, max_context_tokens=max_context_tokens, eos_token_ids=frozenset(),
             layers=(LayerKV(1, 1, 1),), kv_item_bytes=1, weight_bytes=0,
         )  # fmt: skip
 
-    def allocate_kv(self, num_blocks: int) -> int:
+    def allocate_kv(self, num_blocks: int, ring_blocks: tuple[int, ...] = ()) -> int:
         return num_blocks * BLOCK_TOKENS * self.model.kv_bytes_per_token
 
     def submit(self, plan: StepPlan) -> InstantTicket:
@@ -71,6 +71,12 @@ class InstantBackend:
 
     def reset(self) -> None:
         pass
+
+    def read_kv(self, kv: KVRows, num_tokens: int) -> list[LayerState]:
+        raise NotImplementedError("there is no memory to read")
+
+    def write_kv(self, kv: KVRows, num_tokens: int, layers: list[LayerState]) -> None:
+        raise NotImplementedError("there is no memory to write")
 
     def memory_addresses(self) -> list[int]:
         return []
@@ -90,7 +96,7 @@ def host_us(layout: Layout, rows: int, context_tokens: int, steps: int) -> list[
         return False
 
     for number in range(rows):
-        core.add(Request(number, (0,) * context_tokens, sampling, seed=0), take)
+        core.add(Request(number, (number,) * context_tokens, sampling, seed=0), take)  # no two begin alike
     core.step()  # the prompts
     for _ in range(WARM_STEPS):
         core.step()

@@ -71,14 +71,7 @@ def describe(
         mx.eval(logits, [c.keys for c in caches])
     except Exception as error:
         raise ModelLoadError(f"{name}: this {architecture} model cannot run one token: {_short(error)}") from error
-    windows = [c.max_size if type(c) is RotatingKVCache else None for c in caches]
-    if architecture in WINDOWS_IGNORED and not any(windows):
-        windows = list(windows_of(config))
-        if len(set(windows)) > 1:  # mlx-lm makes one mask for all layers of these families
-            raise ModelLoadError(
-                f"{name}/config.json: this {architecture} model has a sliding window in some layers only, which mlx-lm "
-                "does not compute; the reference backend does"
-            )
+    windows = _windows([c.max_size if type(c) is RotatingKVCache else None for c in caches], config, architecture, name)
     layers = tuple(
         LayerKV(c.keys.shape[1], c.keys.shape[3], c.values.shape[3], window)
         for c, window in zip(caches, windows, strict=True)
@@ -95,6 +88,27 @@ def describe(
         kv_quantization=quantization,
     )  # fmt: skip
     return LoadedModel(model, info, stored)
+
+
+def _windows(windows: list[int | None], config: dict[str, Any], architecture: str, name: str) -> list[int | None]:
+    """Each layer's window: what the model's own caches have, or what config.json says where mlx-lm ignores that.
+
+    Raises ModelLoadError where the single mask that mlx-lm makes for several layers would be wrong for some of them.
+    """
+    if architecture in WINDOWS_IGNORED and not any(windows):
+        windows = list(windows_of(config))
+        if len(set(windows)) > 1:
+            raise ModelLoadError(
+                f"{name}/config.json: this {architecture} model has a sliding window in some layers only, which mlx-lm "
+                "does not compute; the reference backend does"
+            )
+    sizes = sorted({window for window in windows if window is not None})
+    if len(sizes) > 1:
+        raise ModelLoadError(
+            f"{name}: {architecture} has sliding windows of {' and '.join(map(str, sizes))} tokens; the mlx backend "
+            "serves models with one size of window"
+        )
+    return windows
 
 
 def _rope_as_mlx_lm_reads_it(config: dict[str, Any]) -> dict[str, Any]:

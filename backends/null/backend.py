@@ -79,11 +79,16 @@ class NullBackend:
             name="null", device="none", kv_layout=layout, block_tokens=options.block_tokens or 16,
             memory_bytes=int(extra.pop("memory_bytes", 1 << 24)), dtype="int64",
         )  # fmt: skip
+        layers = (LayerKV(1, 2, 2),) if window is None else (LayerKV(1, 2, 2), LayerKV(1, 2, 2, self._window))
         self.model = ModelInfo(
-            architecture="null", vocab_size=self._vocab_size, kv_item_bytes=8, weight_bytes=0,
-            layers=(LayerKV(1, 1, 1),) if window is None else (LayerKV(1, 1, 1), LayerKV(1, 1, 1, self._window)), max_context_tokens=int(extra.pop("max_context_tokens", 4096)), eos_token_ids=frozenset()
-            if eos is None else frozenset([int(eos)]),
-        )  # fmt: skip
+            architecture="null",
+            vocab_size=self._vocab_size,
+            max_context_tokens=int(extra.pop("max_context_tokens", 4096)),
+            eos_token_ids=frozenset() if eos is None else frozenset([int(eos)]),
+            layers=layers,
+            kv_item_bytes=4,
+            weight_bytes=0,
+        )
         if extra:
             raise EngineError(f"the null backend has no option {sorted(extra)[0]!r}")
         self._pools: list[list[int]] = []
@@ -119,7 +124,7 @@ class NullBackend:
         self._swapped = {}
 
     def read_kv(self, kv: KVRows, num_tokens: int) -> list[LayerState]:
-        """Each 64-bit entry as two float32 of the same bits, one for the key and one for the value."""
+        """Each 64-bit entry as four float32, of 16 bits each: two for the key and two for the value."""
         states = [self._state(kv, range(num_tokens), 0)]
         if self._window is not None:
             states.append(self._state(kv, range(max(0, num_tokens - self._window), num_tokens), 1))
@@ -127,8 +132,8 @@ class NullBackend:
 
     def write_kv(self, kv: KVRows, num_tokens: int, layers: list[LayerState]) -> None:
         for pool, state in enumerate(layers):
-            words = np.concatenate([state.keys.reshape(-1, 1), state.values.reshape(-1, 1)], axis=1)
-            entries = np.ascontiguousarray(words).view(np.uint64)[:, 0].tolist()
+            words = np.concatenate([state.keys[:, 0], state.values[:, 0]], axis=1)
+            entries = np.ascontiguousarray(words.astype(np.uint16)).view(np.uint64)[:, 0].tolist()
             for position, entry in zip(range(num_tokens - len(entries), num_tokens), entries, strict=True):
                 self._pools[pool][self._address(kv, position, pool)] = entry
 
@@ -212,8 +217,8 @@ class NullBackend:
 
     def _state(self, kv: KVRows, positions: range, pool: int) -> LayerState:
         entries = np.array([self._read(kv, position, pool) for position in positions], np.uint64)
-        words = entries.view(np.float32).reshape(-1, 2)
-        return LayerState(words[:, :1, None].copy(), words[:, 1:, None].copy())
+        words = entries.view(np.uint16).reshape(-1, 1, 4).astype(np.float32)
+        return LayerState(words[:, :, :2].copy(), words[:, :, 2:].copy())
 
     def _address(self, kv: KVRows, position: int, pool: int = 0) -> int:
         if pool == 0:

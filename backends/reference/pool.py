@@ -115,8 +115,12 @@ class KVPool:
         end, capacity = start + count, len(kv.blocks) * self.block_tokens
         if start < 0 or count < 0 or self.held(end) > capacity:
             blocks = f"{len(kv.blocks)} blocks of {self.block_tokens} tokens"
-            ring = "" if self.window is None else f", which the ring of window {self.window} keeps {self.held(end)} of"
-            raise EngineError(f"positions {start} to {end - 1} are outside {blocks}{ring}")
+            positions = f"positions {start} to {end - 1}"
+            if self.window is None:
+                raise EngineError(f"{positions} are outside {blocks}")
+            raise EngineError(
+                f"{positions} need {self.held(end)} slots of a ring of window {self.window}; it has {blocks}"
+            )
         outside = [block for block in kv.blocks if not 0 <= block < self.num_blocks]
         if outside:
             raise EngineError(f"block {outside[0]} is outside the {self.num_blocks} blocks of {self._name}")

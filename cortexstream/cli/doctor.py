@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cortexstream import __version__
 from cortexstream.cli import options
+from cortexstream.cli.arena import show_arena
 from cortexstream.cli.machine import describe_backends, describe_machine, installed_versions
 from cortexstream.errors import CortexStreamError, InvalidRequestError
 
@@ -26,12 +28,23 @@ def doctor(
     steps: Annotated[
         int, typer.Option("--steps", metavar="N", min=1, help="Decode steps over which the KV pools are watched.")
     ] = 300,
+    arena: Annotated[
+        bool, typer.Option("--arena", help="Run a few requests and show which blocks of KV memory they hold.")
+    ] = False,
+    arena_svg: Annotated[
+        Path | None,
+        typer.Option("--arena-svg", metavar="FILE", show_default=False, help="The same as a picture: an SVG file."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object.")] = False,
 ) -> None:
     """Tell what runs here and check that it works; exit code 1 if a check fails.
 
     Without a model that loads it tells the reason and everything else.
     """
+    if arena_svg is not None:
+        from cortexstream.kv.picture import check_path
+
+        check_path(arena_svg)
     report: dict[str, Any] = {
         "cortexstream": __version__, "machine": describe_machine(), "packages": installed_versions(),
         "backends": describe_backends(backend),
@@ -48,6 +61,9 @@ def doctor(
             report["checks"] = [
                 _check("the model loads", True, f"{llm.model.architecture}, from {llm.folder or 'no folder'}")
             ]
+            if arena or arena_svg is not None:
+                report["arena"], check = show_arena(llm, arena, arena_svg)
+                report["checks"].append(check)
             report["checks"] += run_checks(llm, steps, embedded=model is None and llm.tokenizer is not None)
     print(json.dumps(report, indent=2) if as_json else "\n".join(as_lines(report)))
     if not all(check["ok"] for check in report["checks"]):
@@ -156,6 +172,8 @@ def as_lines(report: dict[str, Any]) -> list[str]:
     ]
     if "model" in report:
         lines += [*_model_lines(report), ""]
+    if "arena" in report:
+        lines += [*report["arena"].get("text", ()), *_picture_lines(report["arena"]), ""]
     return lines + [f"{'ok    ' if c['ok'] else 'FAILED'}  {c['name']}: {c['detail']}" for c in report["checks"]]
 
 
@@ -174,6 +192,10 @@ def _model_lines(report: dict[str, Any]) -> list[str]:
         f"longest sequence: {memory['longest_tokens']} tokens ({memory['longest_reason']})",
         f"fallbacks: {'; '.join(report['fallbacks']) or 'none'}",
     ]
+
+
+def _picture_lines(arena: dict[str, Any]) -> list[str]:
+    return [f"picture: {arena['svg']}"] if "svg" in arena else []
 
 
 def size(num_bytes: int) -> str:

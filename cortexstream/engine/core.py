@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import perf_counter
 
 from cortexstream.backend import Backend, Ticket, WarmupReport
@@ -12,7 +12,7 @@ from cortexstream.engine.budget import kv_size, limits_of, swap_budget_bytes
 from cortexstream.engine.stats import EngineStats
 from cortexstream.errors import EngineError, ModelLoadError
 from cortexstream.kv import KVArena
-from cortexstream.plan import PENDING, StepPlan, SwapIn, SwapOut
+from cortexstream.plan import PENDING, PlanRow, StepPlan, SwapIn, SwapOut
 from cortexstream.request import FinishReason, Request
 from cortexstream.scheduler import Scheduler, TokenEvent
 from cortexstream.swap import SwapPolicy
@@ -94,14 +94,40 @@ class EngineCore:
                 self.swap.observe_swap(self._swap_bytes.pop(result.step, 0), result.swap_s)
                 self._deliver(self.scheduler.commit(result))
         except Exception as error:
-            # The device's state is unknown: nothing in flight can be trusted, but the next request can be served.
-            log.exception("a step failed; every running request ends with an error")
-            self._ticket = None
-            self._swap_bytes.clear()
-            self._deliver(self.scheduler.abort_running(f"the step failed: {error}"))
-            self.backend.reset()
+            self._recover(error)
         self._host_s += perf_counter() - started - in_backend
         self._backend_s += in_backend
+
+    def settle(self) -> None:
+        """Collect and commit what is in flight."""
+        ticket, self._ticket = self._ticket, None
+        if ticket is None:
+            return
+        try:
+            self._deliver(self.scheduler.commit(self.backend.collect(ticket)))
+        except Exception as error:
+            self._recover(error)
+
+    def run_alone(self, rows: Iterable[PlanRow]) -> None:
+        """A step of these rows, none of which draws, with the copies that wait; nothing may be in flight. Raises
+        EngineError if the device fails; every running request then ends with that error."""
+        plan = self.scheduler.private_plan(rows)
+        if not plan.rows and not plan.moves:
+            return
+        try:
+            self.backend.collect(self.backend.submit(plan))
+        except Exception as error:
+            self._recover(error)
+            raise EngineError(f"the step failed: {error}") from error
+
+    def _recover(self, error: Exception) -> None:
+        """After a failed step the device's state is unknown: nothing in flight can be trusted, but the next request can
+        be served."""
+        log.error("a step failed; every running request ends with an error", exc_info=error)
+        self._ticket = None
+        self._swap_bytes.clear()
+        self._deliver(self.scheduler.abort_running(f"the step failed: {error}"))
+        self.backend.reset()
 
     def run(self) -> None:
         """Step until nothing is left to do."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from cortexstream.errors import ArenaError, ArenaFullError
 from cortexstream.kv.allocator import Allocator
@@ -17,6 +17,8 @@ from cortexstream.kv.page_pool import PagePool
 from cortexstream.kv.pool import Ledger, Pool
 from cortexstream.kv.run_cache import RunCache
 from cortexstream.kv.run_pool import RunPool
+from cortexstream.kv.snapshot import ArenaSnapshot, take_pools
+from cortexstream.kv.stats import ArenaStats, Ring
 from cortexstream.plan import KVRows, MemoryOp, SwapDrop, SwapIn, SwapOut, ring_tokens
 
 GROWTH = 1.25
@@ -24,34 +26,6 @@ GROWTH = 1.25
 run is unused on average and an output token costs 5 copied ones; 1.5 wastes 12 % and costs 3, 1.125 5 % and 9."""
 
 POLICIES: dict[str, Callable[[int], Allocator]] = {"first_fit": BlockAllocator, "buddy": BuddyAllocator}
-
-
-class Ring(NamedTuple):
-    """The layers of one sliding window: of every sequence they keep the last `window` tokens, in `num_blocks` blocks."""
-
-    window: int
-    num_blocks: int
-
-
-@dataclass(frozen=True, slots=True)
-class ArenaStats:
-    """A snapshot. Blocks are those of the full-attention layers; the copies are summed over all pools."""
-
-    num_blocks: int
-    used_blocks: int  # held by sequences
-    cached_blocks: int  # hold prefixes that nobody uses now; they are given up when needed
-    free_blocks: int  # num_blocks - used_blocks: what a sequence can get
-    largest_free_run: int  # of the blocks that hold nothing
-    fragmentation: float
-    num_sequences: int
-    used_tokens: int
-    moved_tokens: int  # copied by growth and compaction since the start
-    copied_tokens: int  # copied by prefix hits and forks
-    reused_tokens: int  # not computed, because another sequence had computed them
-    relocations: int
-    compactions: int
-    moved_by_pool: tuple[int, ...] = ()
-    copied_by_pool: tuple[int, ...] = ()
 
 
 class KVArena:
@@ -88,10 +62,12 @@ class KVArena:
     ) -> None:
         if block_tokens <= 0:
             raise ArenaError(f"block_tokens is {block_tokens}; must be at least 1")
-        if growth < 1.0:
-            raise ArenaError(f"growth is {growth}; must be at least 1")
+        if not 1.0 <= growth < math.inf:
+            raise ArenaError(f"growth is {growth}; must be at least 1, and finite")
         if placement not in ("run", "paged") or policy not in POLICIES:
-            raise ArenaError(f"placement {placement!r} with policy {policy!r}: use run or paged, {' or '.join(POLICIES)}")
+            raise ArenaError(
+                f"placement {placement!r} with policy {policy!r}: use run or paged, {' or '.join(POLICIES)}"
+            )
         self.block_tokens = block_tokens
         self.placement = placement
         self.rings = tuple(rings)
@@ -130,7 +106,8 @@ class KVArena:
     @property
     def free_blocks(self) -> int:
         """Blocks that a sequence can get: those that hold nothing, and those kept for reuse alone."""
-        return self._full.num_free + self._cache.idle_blocks(0)
+        with self._lock:
+            return self._full.num_free + self._cache.idle_blocks(0)
 
     @property
     def prefix_caching(self) -> bool:
@@ -153,9 +130,10 @@ class KVArena:
         return self._full.need(num_tokens, limit_tokens)
 
     def can_admit(self, num_tokens: int, limit_tokens: int | None = None, tokens: Sequence[int] = ()) -> bool:
-        """Exactly when `admit` would succeed."""
+        """Whether `admit` would succeed now; refuses the same arguments."""
+        needs = self._needs(num_tokens, limit_tokens, tokens)
         with self._lock:
-            return self._missing(self._needs(num_tokens, limit_tokens), tokens) is None
+            return self._missing(needs, tokens) is None
 
     def admit(self, num_tokens: int, limit_tokens: int | None = None, tokens: Sequence[int] = ()) -> KVHandle:
         """Claim room for a sequence of `num_tokens` (at least 1) that will never exceed `limit_tokens`.
@@ -163,14 +141,8 @@ class KVArena:
         `tokens` are those of its first tokens that need not be computed if some other sequence has; `position` of the
         handle then says how many were found. Raises ArenaFullError, changing nothing, if blocks are missing.
         """
-        if num_tokens <= 0:
-            raise ArenaError(f"num_tokens is {num_tokens}; must be at least 1")
-        if limit_tokens is not None and limit_tokens < num_tokens:
-            raise ArenaError(f"limit_tokens is {limit_tokens}; must be at least num_tokens, {num_tokens}")
-        if len(tokens) > num_tokens:
-            raise ArenaError(f"{len(tokens)} tokens may be reused of a sequence of num_tokens, {num_tokens}")
+        needs = self._needs(num_tokens, limit_tokens, tokens)
         with self._lock:
-            needs = self._needs(num_tokens, limit_tokens)
             missing = self._missing(needs, tokens)
             if missing is not None:
                 raise ArenaFullError(f"{num_tokens} tokens need {missing}")
@@ -205,9 +177,11 @@ class KVArena:
         In place, else by moving this sequence, else by moving others; kept prefixes give way where blocks are missing.
         Raises ArenaFullError, changing nothing, when blocks in use are missing or the sequence's limit is reached.
         """
+        if num_tokens <= 0:
+            raise ArenaError(f"num_tokens is {num_tokens}; must be at least 1")
         with self._lock:
             self._check_owned(handle)
-            if num_tokens <= handle.capacity_tokens and not handle.shares:
+            if num_tokens <= (handle.position if handle.shares else handle.capacity_tokens):
                 return
             if self._full.blocks_for(num_tokens) > handle.limit_blocks:
                 raise ArenaFullError(
@@ -217,8 +191,7 @@ class KVArena:
             shared = self._full.shared(handle, num_tokens) if isinstance(self._full, PagePool) else []
             targets = [self._target(index, handle, num_tokens) for index in range(len(self._pools))]
             extras = [
-                max(0, target - len(pool.claims[handle]))
-                for pool, target in zip(self._pools, targets, strict=True)
+                max(0, target - len(pool.claims[handle])) for pool, target in zip(self._pools, targets, strict=True)
             ]
             extras[0] += len(shared)
             missing = self._missing(extras)
@@ -271,6 +244,8 @@ class KVArena:
         """Plan to keep the sequence's contents in host memory, and release it."""
         with self._lock:
             self._check_owned(handle)
+            if not handle.position:
+                raise ArenaError("0 tokens are written: there are no contents to keep")
             self._ledger.add(SwapOut(key, handle.rows, handle.position))
             self.release(handle)
 
@@ -314,6 +289,8 @@ class KVArena:
 
     def block_map(self, width: int = 64) -> str:
         """One character a block of the full-attention layers: 'X' in use, 'o' kept for reuse, '.' free."""
+        if width <= 0:
+            raise ArenaError(f"width is {width}; must be at least 1")
         with self._lock:
             cells = list(self._full.allocator.block_map(width=self.num_blocks or 1))
             for block in self._cache.cached_blocks():
@@ -330,16 +307,22 @@ class KVArena:
         with self._lock:
             stats, sequences = self.stats(), self.owners()
             rings = [
-                f"ring of {pool.ring_tokens} tokens: {pool.num_blocks - pool.num_free} of {pool.num_blocks} blocks taken"
+                f"rings of {pool.ring_tokens} tokens: {pool.num_blocks - pool.num_free} of {pool.num_blocks} blocks"
                 for pool in self._pools[1:]
             ]
             return "\n".join([
                 f"configuration: {self.num_blocks} blocks of {self.block_tokens} tokens, placement {self.placement}",
                 f"state: {stats.used_blocks} used, {stats.free_blocks} free, fragmentation {stats.fragmentation:.2f}",
                 *rings, f"sequences: {len(sequences)}",
-                *(f"  {h.position}/{h.capacity_tokens} tokens, blocks [{b[0]}, +{len(b)}]" for h, b in sequences),
+                *(f"  {h.position}/{h.capacity_tokens} tokens, blocks [{b[0] if b else '-'}, +{len(b)}]" for h, b in sequences),
                 "blocks ('X' used, 'o' kept for reuse, '.' free):", self.block_map(),
             ])  # fmt: skip
+
+    def snapshot(self) -> ArenaSnapshot:
+        """Who holds which blocks of every pool now, and `stats`, as one value."""
+        with self._lock:
+            pools = take_pools(self._pools, self._handles, self._cache.cached_blocks(), [*self._cache.holders()])
+            return ArenaSnapshot(self.block_tokens, self.placement, pools, self.stats())
 
     def check(self) -> None:
         """Prove the invariants of the class docstring; raises ArenaError on the first that fails. O(num_blocks)."""
@@ -349,14 +332,21 @@ class KVArena:
                     raise ArenaError(f"{handle} is dead or over-full")
                 if len(handle.blocks) > handle.limit_blocks:
                     raise ArenaError(f"{handle} has more blocks than its limit {handle.limit_blocks}")
-                if handle.blocks != self._full.claims.get(handle):
+                shown = [handle.blocks, *(ring.blocks for ring in handle.rows.rings)]
+                if shown != [pool.claims.get(handle) for pool in self._pools]:
                     raise ArenaError(f"{handle} shows other blocks than it holds")
             held = set(self._full.claims) - self._handles
             if not self._handles <= set(self._full.claims) or held != set(self._cache.holders()):
                 raise ArenaError("blocks are held by nobody who is known, or a sequence holds none")
             self._cache.check()
 
-    def _needs(self, num_tokens: int, limit_tokens: int | None) -> list[int]:
+    def _needs(self, num_tokens: int, limit_tokens: int | None, tokens: Sequence[int]) -> list[int]:
+        if num_tokens <= 0:
+            raise ArenaError(f"num_tokens is {num_tokens}; must be at least 1")
+        if limit_tokens is not None and limit_tokens < num_tokens:
+            raise ArenaError(f"limit_tokens is {limit_tokens}; must be at least num_tokens, {num_tokens}")
+        if len(tokens) > num_tokens:
+            raise ArenaError(f"{len(tokens)} tokens may be reused of a sequence of num_tokens, {num_tokens}")
         return [pool.need(num_tokens, limit_tokens) for pool in self._pools]
 
     def _missing(self, needs: Sequence[int], tokens: Sequence[int] = ()) -> str | None:

@@ -22,6 +22,7 @@ class KVHandle:
         "live",
         "position",
         "published_tokens",
+        "shared_tokens",
         "shares",
         "written",
     )
@@ -32,7 +33,8 @@ class KVHandle:
         self.position = 0
         self.written = 0  # the highest position so far: what a ring has overwritten stays overwritten
         self.published_tokens = 0  # so many of its tokens are in the prefix index
-        self.shares = False  # may hold blocks of others behind `position`: they are copied before they are written
+        self.shared_tokens = 0  # others may hold the blocks of so many of its tokens: never to be written again
+        self.shares = False  # others may hold the block of `position`, too: it is copied before it is written
         self.live = True
         self.place(KVRows((), True))
 
@@ -80,10 +82,11 @@ class KVHandle:
 
     def reset(self) -> None:
         """Forget what was written; the blocks stay. Raises ArenaError if others may be reading them."""
-        if self.shares or self.published_tokens:
+        shared = max(self.published_tokens, self.shared_tokens)
+        if shared:
             raise ArenaError(
-                f"{max(self.published_tokens, self.position)} tokens are shared with other sequences and cannot be "
-                "written again: release this handle and admit a new one"
+                f"{shared} tokens are shared with other sequences and cannot be written again: "
+                "release this handle and admit a new one"
             )
         self.position = 0
 

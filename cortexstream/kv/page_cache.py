@@ -27,8 +27,9 @@ class PageCache:
         self._pool = pools[0]
         self._tree: PrefixTree[int] = PrefixTree(self._pool.block_tokens)
         self._node_of: dict[int, Node[int]] = {}  # block -> its node
-        self._ends: dict[int, dict[int, tuple[int, ...]]] = {}  # full block (or NONE) -> partial one after it -> tokens
-        self._end_of: dict[KVHandle, tuple[int, int]] = {}  # running sequence -> where its entry in `_ends` is
+        # Full block (or NONE) -> running sequence whose next block is partial -> the tokens in that.
+        self._ends: dict[int, dict[KVHandle, tuple[int, ...]]] = {}
+        self._end_of: dict[KVHandle, int] = {}  # running sequence -> where its entry in `_ends` is
 
     def idle_blocks(self, pool: int) -> int:
         """Cached blocks without references: free for whoever needs them."""
@@ -55,18 +56,19 @@ class PageCache:
             # The source may have been given up just now; its contents are there until a later step writes it.
             self._pool.copy_block(source, self._pool.claims[handle][len(blocks)], common)
         handle.position = handle.written = length + common
-        handle.published_tokens = length
+        handle.published_tokens = handle.shared_tokens = length
 
     def fork(self, source: KVHandle, handle: KVHandle, needs: Sequence[int]) -> None:
-        """Let `handle` hold the blocks of `source`, too: each copies a block before it writes to it."""
+        """Let `handle` hold the written blocks of `source`, too: each copies a partial one before it writes to it."""
         self.make_room([0, *needs[1:]])
-        self._pool.share(handle, self._pool.claims[source])
+        self._pool.share(handle, self._pool.claims[source][: self._pool.blocks_for(source.position)])
         for pool, need in zip(self.pools[1:], needs[1:], strict=True):  # rings are written all over: copied at once
             pool.claim(handle, need)
             pool.copy(source, handle, source.position)
         handle.position, handle.written = source.position, source.written
-        handle.published_tokens = min(source.published_tokens, source.position)
-        source.shares = handle.shares = True
+        handle.published_tokens = source.published_tokens
+        source.shared_tokens = handle.shared_tokens = source.position
+        source.shares = handle.shares = source.position % self._pool.block_tokens > 0
 
     def make_room(self, needs: Sequence[int]) -> None:
         """Give up idle blocks until every pool has `needs` free ones."""
@@ -101,10 +103,11 @@ class PageCache:
             node = child
         full = len(tokens) // size
         handle.published_tokens = full * size
+        handle.shared_tokens = max(handle.shared_tokens, len(tokens))
         if len(tokens) % size:
-            before, block = NONE if node.value is None else node.value, self._pool.claims[handle][full]
-            self._ends.setdefault(before, {})[block] = tuple(tokens[full * size :])
-            self._end_of[handle] = before, block
+            before = NONE if node.value is None else node.value
+            self._ends.setdefault(before, {})[handle] = tuple(tokens[full * size :])
+            self._end_of[handle] = before
 
     def retire(self, handle: KVHandle, tokens: Sequence[int], twin: KVHandle) -> None:
         """A sequence ended with these tokens computed: its full blocks are kept. `twin` is not needed here."""
@@ -137,21 +140,24 @@ class PageCache:
         return list(self._pool.idle)
 
     def check(self) -> None:
-        """Every node has a block of its own, a parent's block is held by whoever holds a child's, and no partial block
-        is known whose sequence is gone."""
+        """Every node has a block of its own, who has published a block holds those before it, nobody will write a block
+        that others hold or may find, and no partial block is known whose sequence is gone."""
         nodes = list(self._tree)
         if sorted(n.value for n in nodes if n.value is not None) != sorted(self._node_of) or any(
             self._node_of.get(n.value) is not n for n in nodes if n.value is not None
         ):
             raise ArenaError("the prefix index and its blocks do not match")
-        references = self._pool.references
-        for node in nodes:
-            parent = node.parent
-            if parent is not None and parent.value is not None and node.value is not None:
-                if references[parent.value] < references[node.value]:
-                    raise ArenaError(f"block {node.value} is in use, the block {parent.value} before it is not")
-        ends = {block for ends in self._ends.values() for block in ends}
-        if ends != {block for _, block in self._end_of.values()} or any(h not in self._pool.claims for h in self._end_of):
+        for handle, blocks in self._pool.claims.items():
+            node = self._tree.root
+            for block in blocks[: handle.published_tokens // self._tree.chunk_tokens]:
+                child = self._node_of.get(block)
+                if child is None or child.parent is not node:
+                    raise ArenaError(f"{handle} has published block {block}, which is not known behind what it holds")
+                node = child
+            if not handle.shares and self._pool.shared(handle, len(blocks) * self._pool.block_tokens):
+                raise ArenaError(f"{handle} may write a block that others hold or may find")
+        ends = {handle: before for before, ends in self._ends.items() for handle in ends}
+        if ends != self._end_of or not ends.keys() <= self._pool.claims.keys():
             raise ArenaError("a partial block is known whose sequence is gone")
         for pool in self.pools:
             pool.check(list(self._node_of) if pool is self._pool else ())
@@ -167,19 +173,23 @@ class PageCache:
         node = self._node_of[blocks[-1]] if blocks else self._tree.root
         child, best = self._tree.longest_child(node, rest)
         source = NONE if child is None or child.value is None else child.value
-        for block, tokens in self._ends.get(blocks[-1] if blocks else NONE, {}).items():
+        for handle, tokens in self._ends.get(blocks[-1] if blocks else NONE, {}).items():
             common = common_prefix(tokens, rest)
             if common > best:
-                source, best = block, common
+                source, best = self._pool.claims[handle][len(blocks)], common
         return source, best
 
     def _forget_end(self, handle: KVHandle) -> None:
-        before, block = self._end_of.pop(handle, (NONE, NONE))
-        if block != NONE:
-            del self._ends[before][block]
+        before = self._end_of.pop(handle, None)
+        if before is not None:
+            del self._ends[before][handle]
             if not self._ends[before]:
                 del self._ends[before]
 
     def _give_up(self, block: int) -> None:
-        self._tree.remove(self._node_of.pop(block))
-        self._pool.forget(block)
+        """Forget an idle block, and what is known behind it: forks may hold that without having published it."""
+        for node in reversed([*self._tree.below(self._node_of[block])]):
+            assert node.value is not None
+            del self._node_of[node.value]
+            self._pool.forget(node.value)
+            self._tree.remove(node)

@@ -108,7 +108,7 @@ class PagePool(Pool):
                 raise ArenaError(f"pool {self.index}: {handle} holds a block twice: {blocks}")
         for block, references in enumerate(self.references):
             if references != counts[block]:
-                raise ArenaError(f"pool {self.index}: block {block} counts {references} references, has {counts[block]}")
+                raise ArenaError(f"pool {self.index}: block {block} counts {references} holders, has {counts[block]}")
         if self.cached != set(cached):
             raise ArenaError(f"pool {self.index}: cached blocks differ from the index's: {self.cached ^ set(cached)}")
         if self.idle.keys() != {block for block in cached if not counts[block]}:

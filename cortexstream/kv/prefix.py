@@ -71,18 +71,23 @@ class PrefixTree(Generic[T]):
             del parent.children[node.key[0]]
         node.parent = node.value = None
 
-    def __iter__(self) -> Iterator[Node[T]]:
-        """Every node but the root, parents first."""
-        stack = [self.root]
+    def below(self, node: Node[T]) -> Iterator[Node[T]]:
+        """A node and every one behind it, parents first."""
+        stack = [node]
         while stack:
             node = stack.pop()
-            if node is not self.root:
-                yield node
+            yield node
             stack.extend(child for keys in node.children.values() for child in keys.values())
+
+    def __iter__(self) -> Iterator[Node[T]]:
+        """Every node but the root, parents first."""
+        return (node for node in self.below(self.root) if node is not self.root)
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two sequences begin with in common. Compares slices first, which is quick for long ones."""
+    if type(one) is not type(other):  # a tuple never equals a list
+        one, other = tuple(one), tuple(other)
     length = min(len(one), len(other))
     if one[:length] == other[:length]:
         return length

@@ -42,7 +42,7 @@ def quantize(x: Floats, bits: int, group: int) -> Quantized:
         raise ValueError(f"x {x.shape} does not divide into groups of {group} along its last axis")
     if x.dtype != np.float32:
         raise ValueError(f"x is {x.dtype}; it must be float32")
-    groups = x.reshape(*x.shape[:-1], -1, group)
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
     last = np.float32((1 << bits) - 1)
     with np.errstate(invalid="ignore", over="ignore"):  # the scale tells
         low, high = groups.min(axis=-1), groups.max(axis=-1)
@@ -94,4 +94,4 @@ def _unpack(packed: Words, bits: int) -> npt.NDArray[np.uint8]:
     octets = np.ascontiguousarray(packed, "<u4").view(np.uint8)
     if bits == 8:
         return octets
-    return np.stack((octets & 15, octets >> 4), axis=-1).reshape(*octets.shape[:-1], -1)
+    return np.stack((octets & 15, octets >> 4), axis=-1).reshape(*octets.shape[:-1], 2 * octets.shape[-1])

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cortexstream.backend import BackendOptions, LayerKV, ModelInfo
+from cortexstream.backend import BackendOptions, KVQuantization, LayerKV, ModelInfo
 from cortexstream.config import EngineConfig
 from cortexstream.engine import EngineCore
-from cortexstream.errors import InvalidRequestError
+from cortexstream.errors import EngineError, InvalidRequestError, OutOfMemoryBudgetError
 from cortexstream.kv import KVArena
 from cortexstream.plan import Move
 from cortexstream.request import Request, SamplingParams
 from tests.conftest import require
-from tests.parity.tiny_models import write_model
+from tests.parity.tiny_models import WINDOWED, write_model
 
 mx = require("mlx")
 require("mlx_lm")
@@ -109,6 +109,82 @@ def test_f17_f20_a_move_keeps_every_bit(source: tuple[int, int], target: tuple[i
     for (k, v), (k2, v2) in zip(written, moved, strict=True):
         assert np.array_equal(k, k2) and np.array_equal(v, v2)
     assert pool.addresses() == before
+
+
+def test_f39_a_ring_moves_without_the_rest() -> None:
+    """A move in pool 1 takes the layer with a window along, and nothing of the layer without."""
+    from cortexstream.backends.mlx.plane import Span
+
+    pool = make_pool(4, window=20, ring_blocks=6)
+    kept = fill(pool, Span(0, 4 * BLOCK), range(64), seed=1)
+    ring = fill(pool, Span(BLOCK, 2 * BLOCK), range(32), seed=2, number=1)
+    before = pool.addresses()
+    pool.move(Move(1, 2, 3, 3, 32, pool=1))
+    for number, span, written, length in ((0, Span(0, 64), kept, 64), (1, Span(3 * BLOCK, 3 * BLOCK), ring, 32)):
+        for (k, v), (k2, v2) in zip(written, read(pool, span, length, number), strict=True):
+            assert np.array_equal(k, k2) and np.array_equal(v, v2)
+    assert pool.addresses() == before
+    assert pool.shapes[1].slots == 32, "a window of 20 is rounded up to whole blocks"
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_f26_f89_writes_are_in_place(bits: int | None) -> None:
+    """One token at a time into arrays of megabytes: nothing of their size is ever allocated, and nothing moves."""
+    from cortexstream.backends.mlx.plane import Plane, Span
+    from cortexstream.backends.mlx.pool import address, finish, row_index
+
+    quantization = None if bits is None else KVQuantization(bits, 64)
+    plane = Plane(1 << 18, 4, 128, mx.float32, quantization)
+    finish(*plane.arrays)
+    before = [address(array) for array in plane.arrays]
+    mx.synchronize()
+    active = mx.get_active_memory()
+    mx.reset_peak_memory()
+    rng = np.random.default_rng(0)
+    for position in range(200):
+        numbers = mx.array(rng.standard_normal((4, 1, 128), dtype=np.float32))
+        stored = plane.encode(numbers)
+        plane.store(row_index(Span(64, 1 << 10), 4, np.array([position])), stored)
+        finish(*plane.arrays)
+        seen = plane.view(Span(64, 1 << 10), position, 1)
+        assert np.array_equal(np.array(seen)[0], np.array(plane.decode(stored)))
+        del seen
+        mx.synchronize()
+    assert mx.get_peak_memory() - active < 1 << 20 < min(array.nbytes for array in plane.arrays)
+    assert [address(array) for array in plane.arrays] == before
+
+
+@pytest.mark.parametrize(
+    ("ring_blocks", "message"),
+    [((), "needs 2 numbers of at least 1"), ((4, 4), "needs 2 numbers"), ((0,), "at least 1"), ((10**9,), "take")],
+)
+def test_f39_the_ring_pools_are_asked_for(ring_blocks: tuple[int, ...], message: str, tmp_path: Path) -> None:
+    from cortexstream.backends import mlx as module
+
+    backend = module.create(BackendOptions(str(write_model(tmp_path, "gemma3_text", WINDOWED["gemma3_text"]))))
+    with pytest.raises((EngineError, OutOfMemoryBudgetError), match=message):
+        backend.allocate_kv(8, ring_blocks)
+    assert backend.allocate_kv(8, (3,)) == backend.pool.nbytes
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("block_tokens", [1, 16, 50])
+def test_f39_warm_up_with_rings(block_tokens: int, kv_dtype: Any, tmp_path: Path) -> None:
+    """A prompt beyond the window and as many rows as the smallest pool holds; nothing is left to collect."""
+    from cortexstream.backends import mlx as module
+
+    folder = write_model(tmp_path, "gpt_oss", WINDOWED["gpt_oss"])
+    backend = module.create(BackendOptions(str(folder), block_tokens=block_tokens, kv_dtype=kv_dtype))
+    backend.allocate_kv(-(-100 // block_tokens), (-(-60 // block_tokens),))
+    before = backend.memory_addresses()
+    names = [name for name, _ in backend.warmup(90, 4).steps]
+    rows = min(4, -(-60 // block_tokens))
+    assert names == ["prefill of 90 tokens", *(f"decode step of {n} rows" for n in (1, 2, 4) if n <= rows)]
+    assert backend.memory_addresses() == before and backend.info.notes == ()
+    with pytest.raises(EngineError, match="do not fit"):
+        backend.warmup(200, 1)
+    backend.close()
+    backend.close()
 
 
 def test_p8_compaction_keeps_the_survivors() -> None:

@@ -16,29 +16,12 @@ from cortexstream.backends.common.draw import Drawn, draw_rows
 from cortexstream.backends.reference.pool import KVPool
 from cortexstream.errors import EngineError, InvalidRequestError, ModelLoadError, OutOfMemoryBudgetError
 from cortexstream.plan import PENDING, KVRows, Move, PlanRow, SampleSpec, StepPlan
-
-CONFIG = {
-    "model_type": "llama", "vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True, "eos_token_id": 3,
-}  # fmt: skip
+from tests.contract.tiny_llama import CONFIG, write_folder
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    random = np.random.default_rng(0)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (11, 8), "model.norm.weight": (8,)}
-    for layer in ("model.layers.0", "model.layers.1"):
-        for name, shape in {"self_attn.q_proj": (8, 8), "self_attn.k_proj": (4, 8), "self_attn.v_proj": (4, 8),
-                            "self_attn.o_proj": (8, 8), "mlp.gate_proj": (12, 8), "mlp.up_proj": (12, 8),
-                            "mlp.down_proj": (8, 12), "input_layernorm": (8,),
-                            "post_attention_layernorm": (8,)}.items():  # fmt: skip
-            shapes[f"{layer}.{name}.weight"] = shape
-    save_file(
-        {n: random.standard_normal(s).astype(np.float32) for n, s in shapes.items()}, tmp_path / "model.safetensors"
-    )
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    return tmp_path
+    return write_folder(tmp_path)
 
 
 @pytest.fixture

@@ -232,14 +232,14 @@ class AuditedBackend:
 
 def engine(
     layout: str = "run", *, block_tokens: int = 4, num_blocks: int = 64, seqs: int = 8, budget: int = 32,
-    max_model_len: int | None = None, **extra: Any,
+    max_model_len: int | None = None, prefix_caching: bool = True, **extra: Any,
 ) -> tuple[EngineCore, AuditedBackend]:  # fmt: skip
     """An engine core on the audited null backend."""
     options = BackendOptions(None, max_num_seqs=seqs, block_tokens=block_tokens, kv_layout=layout, extra=extra)  # type: ignore[arg-type]
     backend = AuditedBackend(create(options), seqs, budget)
     config = EngineConfig(
         backend="null", max_num_seqs=seqs, max_num_batched_tokens=budget, num_kv_blocks=num_blocks,
-        max_model_len=max_model_len,
+        max_model_len=max_model_len, enable_prefix_caching=prefix_caching,
     )  # fmt: skip
     return EngineCore(backend, config), backend
 

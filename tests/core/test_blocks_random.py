@@ -80,8 +80,8 @@ def test_f16_random_operations_agree_with_a_bitmap(num_blocks: int, operations: 
     drive(BuddyAllocator, num_blocks, operations)
 
 
-COUNTS = st.integers(-1, 40)
-PLACES = st.integers(-2, 72)
+COUNTS = st.integers(-1, 12)
+PLACES = st.integers(-2, 26)
 
 
 class Machine(RuleBasedStateMachine):
@@ -89,7 +89,7 @@ class Machine(RuleBasedStateMachine):
 
     make: Make
 
-    @initialize(num_blocks=st.integers(0, 70))
+    @initialize(num_blocks=st.integers(0, 24))
     def start(self, num_blocks: int) -> None:
         self.pair = Pair(type(self).make, num_blocks)
 

@@ -1,4 +1,4 @@
-"""Random conversations on the null backend: whatever is reused, moved, swapped or evicted, tokens are the dense ones."""
+"""Random conversations on the null backend: whatever is reused, moved, swapped or evicted, tokens stay right."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def conversations(rng: random.Random, core: EngineCore, steps: int) -> list[tupl
     """Requests that begin like earlier ones: a common beginning, a continuation of what was answered, a retry."""
     asked: list[tuple[Request, Receiver]] = []
     systems = [[rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 40))] for _ in range(3)]
-    for number in range(steps):
+    for _ in range(steps):
         kind = rng.random()
         done = [(r, s) for r, s in asked if s.finish is not None]
         if kind < 0.4 or not done:
@@ -95,9 +95,7 @@ def run(seed: int, layout: str, block_tokens: int, num_blocks: int, window: int 
 def test_f83_reuse_changes_no_token(seed: int, layout: str, window: int | None, policy: str, mode: str) -> None:
     block_tokens = (1, 3, 4, 16)[seed % 4]
     blocks = -(-150 // block_tokens) + (2 if seed % 2 else 60 // block_tokens)
-    core = run(
-        seed, layout, block_tokens, blocks, window, kv_policy=policy, preemption_mode=mode, swap_memory="1MiB"
-    )
+    core = run(seed, layout, block_tokens, blocks, window, kv_policy=policy, preemption_mode=mode, swap_memory="1MiB")
     stats = core.stats()
     if layout == "run" or window is None:
         assert stats.arena.reused_tokens > 0

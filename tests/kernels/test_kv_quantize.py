@@ -88,6 +88,8 @@ def test_f89_any_leading_axes_and_bytes(bits: int) -> None:
     assert sum(part.nbytes for part in stored) == 1000 * (DIM * bits // 8 + 2 * 4 * 4)
     flat = quantize(x.reshape(1000, DIM), bits, 64)
     assert all(np.array_equal(a.reshape(b.shape), b) for a, b in zip(stored, flat, strict=True))
+    none = quantize(x[:0], bits, 64)
+    assert dequantize(none, bits, 64).shape == (0, 50, 2, DIM)
     one = quantize(x[3, 4, 1], bits, 64)  # a vector alone has the codes that it has among others
     assert all(np.array_equal(a, b[3, 4, 1]) for a, b in zip(one, stored, strict=True))
     assert np.array_equal(dequantize(one, bits, 64), dequantize(stored, bits, 64)[3, 4, 1])

@@ -1,8 +1,8 @@
-"""Plans made by hand for the mlx backend: no scheduler, no arena."""
+"""Plans made by hand: no scheduler, no arena."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +10,36 @@ import numpy as np
 
 from cortexstream.backend import BackendOptions
 from cortexstream.plan import KVRows, MemoryOp, PlanRow, SampleSpec, StepPlan, StepResult, ring_tokens
-from tests.conftest import require
 
 GREEDY = SampleSpec()
 
 
 class ByHand:
-    """A backend, the steps made on it, and the logits of every decode row by (sequence, position)."""
+    """A backend with runs, the steps made on it and, on mlx, the logits of every decode row by (sequence, position)."""
 
     def __init__(
-        self, folder: Path | str, num_blocks: int = 64, ring_blocks: int = 64, mode: str | None = None, **options: Any
+        self,
+        folder: Path | str,
+        num_blocks: int = 64,
+        ring_blocks: int = 64,
+        mode: str | None = None,
+        name: str = "mlx",
+        **options: Any,
     ) -> None:
-        from cortexstream.backends import mlx as module
-
-        self.mx = require("mlx")
-        self.backend = module.create(BackendOptions(str(folder), **options))
-        if mode is not None:
-            self.backend._forward.mode = mode
+        module: Any = import_module(f"cortexstream.backends.{name}")
+        self.backend = module.create(BackendOptions(str(folder), kv_layout="run", **options))
         self.block_tokens = self.backend.info.block_tokens
-        self.rings = [
-            ring_tokens(window, self.block_tokens) // self.block_tokens for window in self.backend.model.windows
-        ]
-        self.backend.allocate_kv(num_blocks, (ring_blocks,) * len(self.rings))
+        windows = self.backend.model.windows
+        self.rings = [ring_tokens(window, self.block_tokens) // self.block_tokens for window in windows]
+        self.nbytes = self.backend.allocate_kv(num_blocks, (ring_blocks,) * len(windows))
         self.step = 10
         self.swap_s = 0.0
         self.logits: dict[tuple[int, int], np.ndarray] = {}
-        self._decode: Callable[..., Any] = self.backend._forward.decode
-        self.backend._forward.decode = self._recorded
+        self._waiting: Any = None
+        if name == "mlx":
+            forward = self.backend._forward
+            forward.mode = mode or forward.mode
+            self._decode, forward.decode = forward.decode, self._recorded
 
     def _recorded(self, pool: Any, rows: Any, positions: list[int], tokens: Any) -> Any:
         logits = self._decode(pool, rows, positions, tokens)
@@ -53,14 +56,14 @@ class ByHand:
     def run(self, *rows: PlanRow, moves: tuple[MemoryOp, ...] = ()) -> list[int]:
         """One step; keeps its logits and returns the tokens drawn."""
         self.step += 1
-        self._waiting: Any = None
+        self._waiting = None
         result: StepResult = self.backend.collect(self.backend.submit(StepPlan(self.step, rows, moves)))
         self.swap_s += result.swap_s
         if self._waiting is not None:
             decoded, positions, logits = self._waiting
             self._waiting = None
-            for row, position, values in zip(decoded, positions, np.array(logits.astype(self.mx.float32)), strict=True):
-                self.logits[row.seq_id, position] = values
+            for row, position, values in zip(decoded, positions, logits.tolist(), strict=True):
+                self.logits[row.seq_id, position] = np.array(values, np.float32)
         assert not any(row.error for row in result.rows)
         return [row.token for row in result.rows]
 

@@ -49,6 +49,10 @@ WINDOWED: dict[str, dict[str, Any]] = {
         "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW, "rope_scaling": None,
         "num_hidden_layers": 4,
     },
+    "cohere2": {
+        "head_dim": 16, "num_hidden_layers": 4, "sliding_window": WINDOW, "sliding_window_pattern": 4,
+        "layer_norm_eps": 1e-5, "attention_bias": False, "layer_norm_bias": False, "logit_scale": 0.0625,
+    },
 }  # fmt: skip
 REFUSED: dict[str, dict[str, Any]] = {
     "mamba2": {

@@ -18,7 +18,7 @@ LAYERS = """
     llm
     generation
     completion
-    prompts progress
+    prompts progress prefix_file
     platform models
     text
     engine

@@ -1,0 +1,210 @@
+"""Table 1 of bench_kv.py: what an operation of the KV arena takes, and how that grows with the arena.
+
+A steady random mix. While less than 70 % of the blocks are held, the next operation takes some, else it gives some back,
+of an owner picked at random. Lengths are log-uniform, 16 to 1,000 tokens in blocks of 16, whatever the arena's size.
+Every operation is timed alone, so what picks the next one costs nothing; a figure is the median over one repeat's
+operations, then the median over the repeats. The mean is shown beside it, because a median hides rare, dear operations
+such as a compaction. Every row runs the same number of operations, after a warm-up in which as many owners left as the
+arena holds, twice.
+
+`allocator`: `allocate` and `free` of adjacent blocks, first fit and buddy.
+`arena`: `KVArena` with prefix caching. `admit` a prompt (one of 8 beginnings of 64 tokens, then random tokens), `publish`
+it, `grow` a random sequence by one token beyond its capacity, `release` it with its tokens, which keeps them: the 30 % that
+no sequence holds are full of kept prefixes, and each admission makes room among them. Half of the operations grow.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable
+from time import perf_counter_ns
+from typing import Any, Literal, NamedTuple
+
+from cortexstream.errors import ArenaFullError
+from cortexstream.kv import Allocator, BlockAllocator, BuddyAllocator, KVArena, KVHandle, Run
+
+SIZES = (2_000, 20_000, 200_000)  # blocks
+BLOCK_TOKENS = 16
+OCCUPANCY = 0.7
+TURNOVERS = 2  # of the whole population, before the clock counts
+SHORTEST, LONGEST, MOST_OUTPUT = 16, 1000, 256  # tokens
+BEGINNINGS, BEGINNING_TOKENS, VOCABULARY = 8, 64, 32_000
+
+
+class Effort(NamedTuple):
+    """How much is timed for each row."""
+
+    repeats: int
+    operations: int  # of each repeat
+
+
+Times = dict[str, list[int]]  # operation -> nanoseconds of each call
+
+
+def log_uniform(rng: random.Random, shortest: int, longest: int) -> int:
+    return int(shortest * (longest / shortest) ** rng.random() + 0.5)
+
+
+class AllocatorMix:
+    """Runs of blocks come and go."""
+
+    parts = ("allocate", "free")
+
+    def __init__(self, allocator: Allocator, rng: random.Random) -> None:
+        self._allocator = allocator
+        self._rng = rng
+        self._live: list[Run] = []
+        self._target = int(OCCUPANCY * allocator.num_blocks)
+        self._refused = False
+        self.left = 0  # owners that came and went
+        self.facts = {"refused": 0}
+
+    @property
+    def owners(self) -> int:
+        return len(self._live)
+
+    def step(self, times: Times) -> None:
+        if self._allocator.num_used < self._target and not self._refused:
+            size = -(-log_uniform(self._rng, SHORTEST, LONGEST) // BLOCK_TOKENS)
+            started = perf_counter_ns()
+            try:
+                run = self._allocator.allocate(size)
+            except ArenaFullError:  # no hole is large enough: the next operation frees
+                self._refused = True
+                self.facts["refused"] += 1
+                return
+            times["allocate"].append(perf_counter_ns() - started)
+            self._live.append(run)
+            return
+        self._refused = False
+        run = pop_random(self._live, self._rng)
+        started = perf_counter_ns()
+        self._allocator.free(run)
+        times["free"].append(perf_counter_ns() - started)
+        self.left += 1
+
+
+class ArenaMix:
+    """Sequences are admitted, grow and leave their prefix behind."""
+
+    parts = ("admit", "publish", "grow", "release")
+
+    def __init__(self, arena: KVArena, rng: random.Random) -> None:
+        self._arena = arena
+        self._rng = rng
+        self._words = list(range(VOCABULARY))
+        self._beginnings = [rng.choices(self._words, k=BEGINNING_TOKENS) for _ in range(BEGINNINGS)]
+        self._live: list[tuple[KVHandle, list[int]]] = []  # with the tokens written so far
+        self._target = int(OCCUPANCY * arena.num_blocks)
+        self.left = 0
+
+    @property
+    def owners(self) -> int:
+        return len(self._live)
+
+    @property
+    def facts(self) -> dict[str, int]:
+        stats = self._arena.stats()
+        return {"compactions": stats.compactions, "relocations": stats.relocations, "moved_tokens": stats.moved_tokens}
+
+    def step(self, times: Times) -> None:
+        if self._live and self._rng.random() < 0.5:
+            self._grow(times)
+        elif self._arena.used_blocks < self._target:
+            self._admit(times)
+        else:
+            handle, tokens = pop_random(self._live, self._rng)
+            started = perf_counter_ns()
+            self._arena.release(handle, tokens)
+            times["release"].append(perf_counter_ns() - started)
+            self.left += 1
+        self._arena.take_moves()
+
+    def _admit(self, times: Times) -> None:
+        own = log_uniform(self._rng, SHORTEST, LONGEST)
+        tokens = self._rng.choice(self._beginnings)[:own] + self._rng.choices(self._words, k=own)
+        tokens = tokens[:own]
+        limit = own + log_uniform(self._rng, SHORTEST, MOST_OUTPUT)
+        known = tokens[:-1]
+        started = perf_counter_ns()
+        handle = self._arena.admit(own, limit, known)
+        admitted = perf_counter_ns()
+        handle.advance(own - handle.position)
+        advanced = perf_counter_ns()
+        self._arena.publish(handle, tokens)
+        times["publish"].append(perf_counter_ns() - advanced)
+        times["admit"].append(admitted - started)
+        self._live.append((handle, tokens))
+
+    def _grow(self, times: Times) -> None:
+        handle, tokens = self._rng.choice(self._live)
+        if len(handle.blocks) >= handle.limit_blocks:
+            return
+        new = handle.capacity_tokens + 1 - handle.position
+        if not handle.is_full:
+            handle.advance(handle.remaining)
+        started = perf_counter_ns()
+        self._arena.grow(handle, handle.position + 1)
+        times["grow"].append(perf_counter_ns() - started)
+        handle.advance()
+        tokens.extend(self._rng.choices(self._words, k=new))
+
+
+def pop_random(items: list[Any], rng: random.Random) -> Any:
+    index = rng.randrange(len(items))
+    items[index], items[-1] = items[-1], items[index]
+    return items.pop()
+
+
+Mix = AllocatorMix | ArenaMix
+Placement = Literal["run", "paged"]
+
+
+def allocator_mix(kind: Callable[[int], Allocator]) -> Callable[[int, random.Random], Mix]:
+    return lambda num_blocks, rng: AllocatorMix(kind(num_blocks), rng)
+
+
+def arena_mix(placement: Placement) -> Callable[[int, random.Random], Mix]:
+    return lambda num_blocks, rng: ArenaMix(KVArena(num_blocks, BLOCK_TOKENS, placement), rng)
+
+
+MIXES: dict[tuple[str, str], Callable[[int, random.Random], Mix]] = {
+    ("allocator", "first_fit"): allocator_mix(BlockAllocator),
+    ("allocator", "buddy"): allocator_mix(BuddyAllocator),
+    ("arena", "run"): arena_mix("run"),
+    ("arena", "paged"): arena_mix("paged"),
+}
+
+
+def time_mix(mix: Mix, effort: Effort) -> dict[str, Any]:
+    """Medians and means in microseconds, per part of a cycle and for all of them together."""
+    while not mix.left or mix.left < TURNOVERS * mix.owners:
+        mix.step({part: [] for part in mix.parts})
+    before = dict(mix.facts)
+    medians: dict[str, list[float]] = {part: [] for part in mix.parts}
+    means: dict[str, list[float]] = {part: [] for part in mix.parts}
+    for _ in range(effort.repeats):
+        times: Times = {part: [] for part in mix.parts}
+        for _ in range(effort.operations):
+            mix.step(times)
+        for part, found in times.items():
+            medians[part].append(statistics.median(found) / 1000)
+            means[part].append(statistics.mean(found) / 1000)
+    median = {part: statistics.median(values) for part, values in medians.items()}
+    mean = {part: statistics.median(values) for part, values in means.items()}
+    return {
+        "owners": mix.owners, "median_us": median, "mean_us": mean, "cycle_us": sum(median.values()),
+        "mean_cycle_us": sum(mean.values()), "counted": {name: n - before[name] for name, n in mix.facts.items()},
+    }  # fmt: skip
+
+
+def measure(quick: bool) -> list[dict[str, Any]]:
+    effort = Effort(repeats=2, operations=400) if quick else Effort(repeats=5, operations=4000)
+    sizes = tuple(size // 10 for size in SIZES) if quick else SIZES
+    return [
+        {"level": level, "policy": policy, "num_blocks": size, **effort._asdict()}
+        | time_mix(make(size, random.Random(0)), effort)
+        for (level, policy), make in MIXES.items()
+        for size in sizes
+    ]

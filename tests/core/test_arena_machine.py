@@ -1,0 +1,282 @@
+"""Any history of the arena: contents, admission, sharing and refusals are what the oracles say (F17, F20, F83, F90)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from cortexstream.errors import ArenaError, ArenaFullError
+from cortexstream.kv import KVArena, KVHandle, Ring
+from tests.core.arena_oracle import ArenaOracle
+from tests.core.contents import Policy, World
+from tests.core.support import Placement
+
+PICK = st.integers(0, 1 << 16)
+COUNT = st.integers(1, 30)
+ALPHABET = 3  # few different tokens, so that beginnings coincide
+
+
+def state(arena: KVArena) -> object:
+    """All that a refused call must leave as it was."""
+    owners = [(h, h.rows, h.position, h.capacity_tokens, h.shares, h.published_tokens) for h, _ in arena.owners()]
+    holders = [(h, h.blocks, h.position) for h in arena._cache.holders()]
+    return arena.stats(), owners, holders, arena.block_map(), arena.changes, tuple(arena._ledger._ops)
+
+
+def refused(arena: KVArena, error: type[ArenaError], call: Callable[[], object]) -> None:
+    """The call raises and changes nothing."""
+    before = state(arena)
+    with pytest.raises(ArenaError) as caught:
+        call()
+    assert type(caught.value) is error
+    assert state(arena) == before
+
+
+class History:
+    """An arena between its two oracles. Every method is one call with any arguments, right or wrong."""
+
+    def __init__(
+        self, num_blocks: int, block_tokens: int, placement: Placement, growth: float, policy: Policy,
+        rings: list[Ring], prefix_caching: bool,
+    ) -> None:  # fmt: skip
+        self.world = World(
+            num_blocks, block_tokens, placement, growth, policy=policy, rings=rings, prefix_caching=prefix_caching
+        )
+        self.arena = self.world.arena
+        self.oracle = ArenaOracle(self.arena, growth)
+        self.texts: list[list[int]] = [[0]]  # all that was ever written, to begin like it
+        self.fresh = 0
+
+    def pick(self, number: int) -> KVHandle | None:
+        handles = [*self.world.texts]
+        return handles[number % len(handles)] if handles else None
+
+    def prompt(self, like: int, keep: int, more: int) -> list[int]:
+        """`keep` tokens of an earlier text, and then others, of which some repeat."""
+        rng = random.Random(f"{like} {keep} {more}")
+        return self.texts[like % len(self.texts)][:keep] + [rng.randrange(ALPHABET) for _ in range(more)]
+
+    def admit(self, tokens: list[int], room: int, spare: int | None, reuse: int) -> None:
+        num_tokens = len(tokens) + room
+        limit = None if spare is None else num_tokens + spare
+        reusable = tuple(tokens[: max(0, len(tokens) - reuse)])
+        assert self.arena.can_admit(num_tokens, limit, reusable) == self.oracle.can_admit(num_tokens, limit, reusable)
+        if not self.oracle.can_admit(num_tokens, limit, reusable):
+            refused(self.arena, ArenaFullError, lambda: self.arena.admit(num_tokens, limit, reusable))
+            return
+        low, high = self.oracle.found(reusable)
+        before = self.arena.stats()
+        handle = self.world.admit(tokens, room, limit, len(reusable))
+        assert low <= handle.position <= high
+        assert self.arena.stats().reused_tokens == before.reused_tokens + handle.position
+        assert handle.limit_blocks == (self.arena.num_blocks if limit is None else -(-limit // self.arena.block_tokens))
+        self.oracle.admitted(handle, reusable)
+
+    def write(self, number: int, num_tokens: int, publish: bool) -> None:
+        handle = self.pick(number)
+        if handle is None:
+            return
+        if handle.shares or num_tokens > handle.remaining:
+            refused(self.arena, ArenaError, lambda: handle.advance(num_tokens))
+            return
+        rng = random.Random(f"{number} {num_tokens}")
+        self.world.write(handle, [rng.randrange(ALPHABET) for _ in range(num_tokens)], publish)
+        tokens = self.world.texts[handle].tokens
+        self.texts.append([*tokens])
+        if publish:
+            self.oracle.published(handle, tuple(tokens))
+
+    def publish(self, number: int, keep: int) -> None:
+        handle = self.pick(number)
+        if handle is not None:
+            tokens = tuple(self.world.texts[handle].tokens[:keep])
+            self.world.flush()
+            self.arena.publish(handle, tokens)
+            self.oracle.published(handle, tokens)
+
+    def grow(self, number: int, more: int) -> None:
+        handle = self.pick(number)
+        if handle is None:
+            return
+        num_tokens = max(1, handle.position + more)
+        if self.oracle.can_grow(handle, num_tokens):
+            before = handle.blocks
+            self.arena.grow(handle, num_tokens)
+            assert handle.capacity_tokens >= num_tokens and len(handle.blocks) <= handle.limit_blocks
+            self.oracle.grown(handle, before, num_tokens)
+        else:
+            refused(self.arena, ArenaFullError, lambda: self.arena.grow(handle, num_tokens))
+
+    def fork(self, number: int) -> None:
+        handle = self.pick(number)
+        if handle is None:
+            return
+        if self.oracle.can_fork(handle):
+            self.oracle.forked(self.world.fork(handle), handle)
+        else:
+            refused(self.arena, ArenaFullError, lambda: self.arena.fork(handle))
+
+    def release(self, number: int, keep: int | None) -> None:
+        handle = self.pick(number)
+        if handle is not None:
+            tokens = tuple(self.world.texts[handle].tokens[:keep])
+            kept = self.oracle.releasing(handle, tokens)
+            self.world.release(handle, len(tokens))
+            self.oracle.released(kept, tokens)
+
+    def swap_out(self, number: int) -> None:
+        handle = self.pick(number)
+        if handle is None:
+            return
+        if not handle.position:
+            refused(self.arena, ArenaError, lambda: self.arena.swap_out(handle, 10**9))
+            return
+        self.oracle.releasing(handle, ())
+        self.world.swap_out(handle)
+        self.oracle.released(False, ())
+
+    def swap_in(self, number: int) -> None:
+        if self.world.swapped:
+            key = [*self.world.swapped][number % len(self.world.swapped)]
+            num_tokens = len(self.world.swapped[key][0].tokens) + 1
+            if self.oracle.can_admit(num_tokens, None, ()):
+                self.oracle.admitted(self.world.swap_in(key), ())
+            else:
+                refused(self.arena, ArenaFullError, lambda: self.arena.admit(num_tokens))
+
+    def reset(self, number: int) -> None:
+        handle = self.pick(number)
+        if handle is None:
+            return
+        if handle.published_tokens or handle.shared_tokens:
+            refused(self.arena, ArenaError, handle.reset)
+        else:
+            self.world.reset(handle)
+
+    def clear(self) -> None:
+        self.arena.clear()
+        self.oracle.cleared()
+
+    def wrong_use(self, kind: int, number: int) -> None:
+        arena, handle = self.arena, self.pick(number)
+        dead = KVArena(1, 1).admit(1)
+        if kind % 2:
+            dead.live = False
+        arguments: list[Callable[[], object]] = [
+            lambda: arena.admit(-number), lambda: arena.admit(5, 4), lambda: arena.admit(2, None, (1, 2, 3)),
+            lambda: arena.release(dead), lambda: arena.grow(dead, 1), lambda: arena.publish(dead, ()),
+            lambda: arena.fork(dead), lambda: arena.swap_out(dead, 1), lambda: arena.swap_in(dead, 1, 1),
+        ]  # fmt: skip
+        if handle is not None:
+            some, many = handle, (0,) * (handle.position + 1)
+            arguments += [
+                lambda: some.advance(-number), lambda: some.advance(some.remaining + 1),
+                lambda: arena.publish(some, many), lambda: arena.release(some, many),
+                lambda: arena.swap_in(some, 10**9, some.remaining + 1), lambda: arena.grow(some, -number),
+            ]  # fmt: skip
+        refused(arena, ArenaError, arguments[kind % len(arguments)])
+
+    def agree(self) -> None:
+        self.arena.check()
+        self.oracle.settle()
+
+    def end(self) -> None:
+        self.world.end()
+
+
+class Machine(RuleBasedStateMachine):
+    """Histories as hypothesis finds them, and shortens them when one fails."""
+
+    placement: Placement
+
+    @initialize(
+        num_blocks=st.integers(1, 24), block_tokens=st.sampled_from([1, 2, 3, 4]), data=st.data(),
+        growth=st.sampled_from([1.0, 1.25, 2.0]), policy=st.sampled_from(["first_fit", "buddy"]),
+        windows=st.lists(st.integers(1, 9), max_size=2), caching=st.sampled_from([True, True, False]),
+    )  # fmt: skip
+    def start(
+        self, num_blocks: int, block_tokens: int, data: st.DataObject, growth: float, policy: Policy,
+        windows: list[int], caching: bool,
+    ) -> None:  # fmt: skip
+        rings = [Ring(window, data.draw(st.integers(1, 2 * num_blocks))) for window in windows]
+        self.it = History(num_blocks, block_tokens, type(self).placement, growth, policy, rings, caching)
+
+    @rule(like=PICK, keep=st.integers(0, 30), more=st.integers(1, 9), room=st.integers(0, 9),
+          spare=st.none() | st.integers(0, 20), reuse=st.integers(0, 2))  # fmt: skip
+    def admit(self, like: int, keep: int, more: int, room: int, spare: int | None, reuse: int) -> None:
+        self.it.admit(self.it.prompt(like, keep, more), room, spare, reuse)
+
+    @rule(number=PICK, num_tokens=st.integers(1, 9), publish=st.booleans())
+    def write(self, number: int, num_tokens: int, publish: bool) -> None:
+        self.it.write(number, num_tokens, publish)
+
+    @rule(number=PICK, keep=st.integers(0, 30))
+    def publish(self, number: int, keep: int) -> None:
+        self.it.publish(number, keep)
+
+    @rule(number=PICK, more=st.integers(-3, 12))
+    def grow(self, number: int, more: int) -> None:
+        self.it.grow(number, more)
+
+    @rule(number=PICK)
+    def fork(self, number: int) -> None:
+        self.it.fork(number)
+
+    @rule(number=PICK, keep=st.none() | st.integers(0, 30))
+    def release(self, number: int, keep: int | None) -> None:
+        self.it.release(number, keep)
+
+    @rule(number=PICK)
+    def swap_out(self, number: int) -> None:
+        self.it.swap_out(number)
+
+    @rule(number=PICK)
+    def swap_in(self, number: int) -> None:
+        self.it.swap_in(number)
+
+    @rule(number=PICK)
+    def reset(self, number: int) -> None:
+        self.it.reset(number)
+
+    @rule(really=st.sampled_from([True, False, False, False]))
+    def clear(self, really: bool) -> None:
+        if really:
+            self.it.clear()
+
+    @rule(kind=PICK, number=PICK)
+    def wrong_use(self, kind: int, number: int) -> None:
+        self.it.wrong_use(kind, number)
+
+    @rule()
+    def step(self) -> None:
+        self.it.world.flush()
+
+    @invariant()
+    def agree(self) -> None:
+        if hasattr(self, "it"):
+            self.it.agree()
+
+    def teardown(self) -> None:
+        if hasattr(self, "it"):
+            self.it.end()
+
+
+class RunMachine(Machine):
+    placement = "run"
+
+
+class PagedMachine(Machine):
+    placement = "paged"
+
+
+SETTINGS = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
+
+
+@pytest.mark.parametrize("machine", [RunMachine, PagedMachine])
+def test_f83_f90_any_short_history_agrees_with_the_oracles(machine: type[Machine]) -> None:
+    run_state_machine_as_test(machine, settings=SETTINGS)
