@@ -210,11 +210,11 @@ def sample(task: str, tries: int, seed: int) -> list[Item]:
     return found
 
 
-def evaluate(model: str, backend: str, tries: int) -> None:
+def evaluate(model: str, backend: str, tries: int, kv_dtype: str) -> None:
     """Greedy answers of the runtime itself to held-out prompts, and the share that is exactly right."""
     from cortexstream import LLM, SamplingParams
 
-    with LLM(model, backend=backend) as llm:
+    with LLM(model, backend=backend, kv_dtype=kv_dtype) as llm:
         params = SamplingParams(temperature=0, max_tokens=450)
         total = right = 0
         for task in TASKS:
@@ -237,9 +237,10 @@ def main() -> None:
     parser.add_argument("--evaluate", action="store_true", help="do not train: measure exactness on held-out prompts")
     parser.add_argument("--tries", type=int, default=100, help="held-out prompts per task, with --evaluate")
     parser.add_argument("--backend", default="auto", help="with --evaluate")
+    parser.add_argument("--kv-dtype", default="auto", help="auto, int8 or int4, with --evaluate")
     args = parser.parse_args()
     if args.evaluate:
-        evaluate(str(args.out), args.backend, args.tries)
+        evaluate(str(args.out), args.backend, args.tries, args.kv_dtype)
     else:
         train(args.out, args.minutes, args.seed, args.resume, args.peak_lr)
 

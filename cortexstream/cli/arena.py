@@ -22,12 +22,12 @@ def show_arena(llm: LLM, text: bool, svg: Path | None) -> tuple[dict[str, Any], 
     Four prompts, three of which begin alike, are answered; a fifth is cancelled after its first token; a sixth runs
     while the text is read and the picture is written to `svg`.
     """
-    prefix = _tokens(llm, 0, min(2 * llm.info.block_tokens + 3, llm.limits.max_tokens // 4))
-    tails = [_tokens(llm, number, min(number, llm.limits.max_tokens // 8)) for number in range(1, 6)]
-    few = max(1, min(8, llm.limits.max_tokens // 4))
+    longest = max(1, llm.limits.max_tokens // 4)
+    prefix = _tokens(llm, 0, min(2 * llm.info.block_tokens + 3, longest))
+    tails = [_tokens(llm, number, min(number, longest - 1)) for number in range(1, 6)]
     prompts: list[Any] = [{"prompt_token_ids": prefix + tail} for tail in tails]
     prompts[2] = {"prompt_token_ids": _tokens(llm, 77, len(prefix))}
-    answered = llm.generate(prompts[:3] + prompts[:1], _sampling(few), use_tqdm=False)
+    answered = llm.generate(prompts[:3] + prompts[:1], _sampling(min(8, longest)), use_tqdm=False)
     cancelled = _start(llm, prompts[3])
     cancelled.cancel()
     outputs = [*answered, cancelled.result()]
@@ -79,8 +79,8 @@ def statistics(stats: ArenaStats) -> list[str]:
 
 
 def _tokens(llm: LLM, first: int, count: int) -> list[int]:
-    """At least one token id that the model has; another `first` gives other ones."""
-    return [(first + 5 * index) % llm.model.vocab_size for index in range(max(1, count))]
+    """Ids of so many tokens that the model has; another `first` gives other ones."""
+    return [(first + 5 * index) % llm.model.vocab_size for index in range(count)]
 
 
 def _sampling(max_tokens: int) -> Any:

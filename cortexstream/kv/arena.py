@@ -91,6 +91,7 @@ class KVArena:
         self._full = self._pools[0]
         self._handles: set[KVHandle] = set()
         self._reused_tokens = 0
+        self._swapped: dict[int, tuple[int, int]] = {}  # key -> tokens in host memory, and how far their rings turned
         self.changes = 0  # goes up whenever a sequence that could not be admitted might be
         self._lock = threading.RLock()
 
@@ -117,12 +118,8 @@ class KVArena:
     @property
     def capacity_tokens(self) -> int:
         """The longest sequence that this arena can ever hold."""
-        longest = self.num_blocks * self.block_tokens
-        for pool in self._pools[1:]:
-            slots = pool.num_blocks * self.block_tokens
-            if pool.ring_tokens is not None and slots < pool.ring_tokens:
-                longest = min(longest, slots)
-        return longest
+        slots = [(pool.num_blocks * self.block_tokens, pool.ring_tokens) for pool in self._pools]
+        return min(held for held, ring in slots if ring is None or held < ring)
 
     def need_blocks(self, num_tokens: int, limit_tokens: int | None = None) -> int:
         """Blocks that a sequence of `num_tokens` takes: rounded up to its capacity class in `run`, but never beyond
@@ -247,6 +244,7 @@ class KVArena:
             if not handle.position:
                 raise ArenaError("0 tokens are written: there are no contents to keep")
             self._ledger.add(SwapOut(key, handle.rows, handle.position))
+            self._swapped[key] = handle.position, handle.written
             self.release(handle)
 
     def swap_in(self, handle: KVHandle, key: int, num_tokens: int) -> None:
@@ -255,12 +253,19 @@ class KVArena:
             self._check_owned(handle)
             if handle.position:
                 raise ArenaError(f"{handle.position} tokens are written already; contents come back into an empty one")
+            kept, written = self._swapped.get(key, (0, 0))
+            if num_tokens != kept:
+                raise ArenaError(f"{kept} tokens are kept under {key}, not {num_tokens}")
             handle.advance(num_tokens)
+            handle.written = written
+            del self._swapped[key]
             self._ledger.add(SwapIn(key, handle.rows, num_tokens))
 
     def swap_drop(self, key: int) -> None:
         """Plan to forget contents that are in host memory."""
         with self._lock:
+            if self._swapped.pop(key, None) is None:
+                raise ArenaError(f"0 tokens are kept under {key}")
             self._ledger.add(SwapDrop(key))
 
     def take_moves(self) -> tuple[MemoryOp, ...]:

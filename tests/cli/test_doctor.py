@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 
 from cortexstream import LLM
+from cortexstream.cli.arena import fold, show_arena
 from cortexstream.cli.doctor import check_pools
 from cortexstream.models import tiny_folder
 from tests.cli.command_line import EMBEDDED, cortexstream, environment, is_one_sentence
 from tests.conftest import require
+from tests.core.drawing import amounts, pieces, texts
 from tests.repo.tree import ROOT
 
 
@@ -47,6 +50,7 @@ def test_doctor_json_is_one_object(model: Path) -> None:
     assert report["packages"]["numpy"] == metadata.version("numpy")
     assert report["backends"]["probed"].keys() == {"mlx", "cuda", "reference"}
     assert [check["ok"] for check in report["checks"]] == [True] * 3
+    assert "arena" not in report
 
 
 def test_doctor_without_a_model_tells_the_rest() -> None:
@@ -62,6 +66,76 @@ def test_doctor_on_the_embedded_model_adds() -> None:
     done = cortexstream("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "12+30=42" in done.stdout
+
+
+def test_f24_doctor_shows_the_arena_at_work(tmp_path: Path) -> None:
+    if not EMBEDDED:
+        pytest.skip(f"the embedded model is missing: {tiny_folder()}")
+    picture = tmp_path / "arena.svg"
+    done = cortexstream("doctor", "--arena", "--arena-svg", str(picture), "--max-num-seqs", "4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    start = lines.index("configuration: 512 blocks of 16 tokens, placement paged")
+    assert re.fullmatch(r"state: [1-9]\d* used, \d+ free, fragmentation 0\.\d\d", lines[start + 1])
+    assert lines[start + 2] == "sequences: 1" and re.fullmatch(
+        r"  \d+/\d+ tokens, blocks \[\d+, .*\]", lines[start + 3]
+    )
+    assert re.fullmatch(r"X[X.o]*X[X.o]*o[X.o]*", lines[start + 5]), "one sequence runs, others were kept"
+    assert lines[start + 6 : start + 10] == ["." * 64] * 3 + ["(4 more lines like this one)"]
+    assert re.fullmatch(r"held: \d+ tokens; kept for reuse: [1-9]\d* blocks; largest empty .*", lines[start + 10])
+    assert re.match(r"since the start: [1-9]\d* tokens reused, ", lines[start + 11])
+    assert lines[start + 12] == f"picture: {picture}"
+    assert "ok      the arena takes a mixed workload: 4 requests finished, 1 cancelled, 1 running" in lines
+    (drawn,) = pieces(picture.read_text("utf-8"))
+    total = amounts(drawn)
+    assert sum(total.values()) == pytest.approx(512) and total["filled"] > 2 and total["kept"] >= 1
+
+
+def test_f24_doctor_arena_is_in_the_json(model: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "arena.svg"
+    asked = ["doctor", "--model", str(model), "--json", "--max-num-seqs", "1", "--arena", "--arena-svg", str(picture)]
+    report = json.loads(cortexstream(*asked).stdout)
+    assert report["arena"].keys() == {"text", "svg"} and report["arena"]["svg"] == str(picture)
+    assert report["arena"]["text"][0] == "configuration: 256 blocks of 16 tokens, placement paged"
+    assert texts(picture.read_text("utf-8"))[0] == "KV arena: 256 blocks of 16 tokens, placement paged"
+    assert [check["ok"] for check in report["checks"]] == [True] * 4
+
+
+def test_f24_doctor_refuses_a_picture_that_has_no_place(tmp_path: Path) -> None:
+    missing = tmp_path / "no" / "arena.svg"
+    is_one_sentence(cortexstream("doctor", "--arena-svg", str(missing)), 2, str(missing), "does not exist", "make it")
+    is_one_sentence(cortexstream("doctor", "--arena-svg", str(tmp_path)), 2, str(tmp_path), "is a folder")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 5, 40])
+def test_f24_the_workload_fits_any_limits(tokens: int, tmp_path: Path) -> None:
+    with LLM(backend="null", max_num_seqs=1, max_model_len=tokens, num_kv_blocks=40, block_tokens=4) as llm:
+        shown, check = show_arena(llm, True, tmp_path / "a.svg")
+        llm.check()
+        assert llm.stats().num_running == llm.stats().num_waiting == llm.stats().requests_failed == 0
+    found = re.fullmatch(r"(\d) requests finished, (\d) cancelled, [01] running", check["detail"])
+    assert check["ok"] and found and int(found[1]) + int(found[2]) == 5, check
+    assert shown["text"][0].startswith("configuration: 40 blocks of 4 tokens") and (tmp_path / "a.svg").is_file()
+
+
+def test_f24_a_workload_that_fails_is_a_failed_check() -> None:
+    def plant(core: Any) -> None:
+        def wrong(plan: Any) -> Any:
+            raise RuntimeError("the device fell over")
+
+        core.backend.submit = wrong
+
+    with LLM(backend="null", num_kv_blocks=40, block_tokens=4) as llm:
+        llm._engine.call(plant)
+        shown, check = show_arena(llm, True, None)
+    assert not check["ok"] and check["detail"] == "the step failed: the device fell over"
+    assert shown.keys() == {"text"}
+
+
+def test_f24_equal_lines_are_counted() -> None:
+    assert fold(["a", "b", "b", "b", "c"]) == ["a", "b", "b", "b", "c"]
+    assert fold([*"abbbbbb"]) == ["a", "b", "b", "b", "(3 more lines like this one)"]
 
 
 def test_doctor_proves_that_mlx_copies_no_pool(model: Path) -> None:
@@ -81,7 +155,7 @@ def test_doctor_sees_a_copied_pool(model: Path) -> None:
     held = []
 
     def hold(core: Any) -> None:
-        held.append(core.backend.pool.keys[0].reshape(-1))
+        held.append(core.backend.pool.keys[0].arrays[0].reshape(-1))
         mx.eval(held)
 
     with LLM(model, backend="mlx", max_num_seqs=4) as llm:

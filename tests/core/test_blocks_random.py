@@ -47,7 +47,8 @@ def wrong_use(pair: Pair, rng: random.Random, start: int, size: int) -> None:
     elif method == 1:
         pair.allocate_any(pair.num_free + 1, start)
     elif method == 2:
-        pair.free(rng.choice([Run(-1, size), Run(n, size), Run(n - size + 1, size)]))
+        partly_free = Run(start, min(size, n - start))
+        pair.free(rng.choice([Run(-1, size), Run(n, size), Run(n - size + 1, size), partly_free]))
     elif method == 3:
         pair.take(rng.choice([Run(-1, size), Run(n, size), Run(n - size + 1, size)]))
     elif method == 4:
