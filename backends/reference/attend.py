@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cortexstream.backends.reference.memory import KVMemory
-from cortexstream.backends.reference.pool import KVPool
-from cortexstream.backends.reference.store import Slots
+from cortexstream.backends.common.kv_memory import KVMemory
+from cortexstream.backends.common.kv_pool import KVPool
+from cortexstream.backends.common.kv_store import Slots
 from cortexstream.kernels.reference.attention import attention
 from cortexstream.plan import KVRows
 

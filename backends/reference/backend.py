@@ -24,11 +24,12 @@ from cortexstream.backends.common.affine import dense_weights
 from cortexstream.backends.common.checkpoint import eos_token_ids, read_config, read_weights
 from cortexstream.backends.common.draw import draw_rows
 from cortexstream.backends.common.kv_format import kv_quantization
+from cortexstream.backends.common.kv_memory import KVMemory
 from cortexstream.backends.common.memory import host_memory_bytes
 from cortexstream.backends.reference.attend import Span, StepAttention
-from cortexstream.backends.reference.memory import KVMemory
 from cortexstream.backends.reference.model import Model
 from cortexstream.backends.reference.settings import Settings, settings_from
+from cortexstream.backends.reference.store import make_store
 from cortexstream.errors import EngineError, InvalidRequestError, ModelLoadError
 from cortexstream.plan import PENDING, KVRows, PlanRow, RowResult, SampleSpec, StepPlan, StepResult
 
@@ -108,7 +109,7 @@ class ReferenceBackend:
         if self._memory is not None:
             raise EngineError(f"the KV memory was allocated already, with {self._memory.num_blocks} blocks")
         blocks = (num_blocks, *ring_blocks)
-        self._memory = KVMemory(self.model, blocks, self.info.block_tokens, host_memory_bytes())
+        self._memory = KVMemory(make_store, self.model, blocks, self.info.block_tokens, host_memory_bytes())
         return self._memory.nbytes
 
     def submit(self, plan: StepPlan) -> ReferenceTicket:

@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cortexstream.backend import KVQuantization
+from cortexstream.backends.common.kv_store import Slots, Store
 from cortexstream.kernels.reference.kv_append import kv_append
 from cortexstream.kernels.reference.kv_quantize import Quantized, dequantize, quantize
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
-Slots = npt.NDArray[np.int64]
 
 
-class Store(Protocol):
-    """A vector per slot and head. `parts` are its arrays, [slots, heads, ...] each: raw copies are made of those."""
+def make_store(slots: int, heads: int, dim: int, quantization: KVQuantization | None) -> Store:
+    """See `backends.common.kv_store.MakeStore`."""
+    return DenseStore(slots, heads, dim) if quantization is None else QuantizedStore(slots, heads, dim, quantization)
+
+
+class _Parts:
+    """The raw side of a store: arrays [slots, heads, ...] that are copied as they are."""
+
+    parts: tuple[Array, ...]
 
     @property
-    def parts(self) -> tuple[Array, ...]: ...
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
 
-    def append(self, slots: Slots, new: Floats) -> None:
-        """Write `new` [T, heads, dim] into `slots` [T]."""
+    def move(self, source: int, target: int, count: int) -> None:
+        for part in self.parts:
+            part[target : target + count] = part[source : source + count].copy()
 
-    def read(self, where: slice | Slots) -> Floats:
-        """What the slots hold, [T, heads, dim]."""
+    def take(self, slots: Slots) -> list[Array]:
+        return [part[slots] for part in self.parts]
 
-    def rounded(self, new: Floats) -> Floats:
-        """What `read` would give for `new` [T, heads, dim] once it was appended."""
+    def put(self, slots: Slots, copies: list[Array]) -> None:
+        for part, copy in zip(self.parts, copies, strict=True):
+            part[slots] = copy
 
 
-class DenseStore:
+class DenseStore(_Parts):
     """float32 [slots, heads, dim]."""
 
     def __init__(self, slots: int, heads: int, dim: int) -> None:
         self._vectors = touched_zeros(np.float32, slots, heads, dim)
-        self.parts: tuple[Array, ...] = (self._vectors,)
+        self.parts = (self._vectors,)
 
     def append(self, slots: Slots, new: Floats) -> None:
         kv_append(self._vectors, slots, new)
@@ -49,8 +59,14 @@ class DenseStore:
     def rounded(self, new: Floats) -> Floats:
         return new
 
+    def to_host(self, slots: Slots) -> Floats:
+        return self.read(slots)
 
-class QuantizedStore:
+    def from_host(self, slots: Slots, new: Floats) -> None:
+        self.append(slots, new)
+
+
+class QuantizedStore(_Parts):
     """As `kernels.reference.kv_quantize` defines it: packed uint32 [slots, heads, dim * bits / 32], and scales and
     biases float32 [slots, heads, dim / group]."""
 
@@ -59,7 +75,7 @@ class QuantizedStore:
         bits, group = quantization
         scales, biases = (touched_zeros(np.float32, slots, heads, dim // group) for _ in range(2))
         self._stored = Quantized(touched_zeros(np.uint32, slots, heads, dim * bits // 32), scales, biases)
-        self.parts: tuple[Array, ...] = tuple(self._stored)
+        self.parts = tuple(self._stored)
 
     def append(self, slots: Slots, new: Floats) -> None:
         for part, values in zip(self._stored, quantize(new, *self._format), strict=True):
@@ -71,6 +87,12 @@ class QuantizedStore:
 
     def rounded(self, new: Floats) -> Floats:
         return dequantize(quantize(new, *self._format), *self._format)
+
+    def to_host(self, slots: Slots) -> Floats:
+        return self.read(slots)
+
+    def from_host(self, slots: Slots, new: Floats) -> None:
+        self.append(slots, new)
 
 
 def touched_zeros(dtype: Any, *shape: int) -> Array:

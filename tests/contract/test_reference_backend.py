@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from cortexstream.backend import Backend, BackendOptions, LayerKV
 from cortexstream.backends import reference
 from cortexstream.backends.common.draw import Drawn, draw_rows
-from cortexstream.backends.reference.pool import KVPool
+from cortexstream.backends.common.kv_pool import KVPool
+from cortexstream.backends.reference.store import make_store
 from cortexstream.errors import EngineError, InvalidRequestError, ModelLoadError, OutOfMemoryBudgetError
 from cortexstream.plan import PENDING, KVRows, Move, PlanRow, SampleSpec, StepPlan
 from tests.contract.tiny_llama import CONFIG, write_folder
@@ -117,7 +118,7 @@ def test_p7_kv_memory(folder: Path) -> None:
 
 
 def test_f32_f22_kv_is_zero_at_first_and_a_contiguous_row_is_a_view() -> None:
-    pool = KVPool({3: LayerKV(2, 4, 3)}, 5, 4)
+    pool = KVPool(make_store, {3: LayerKV(2, 4, 3)}, 5, 4)
     run, scattered = KVRows((1, 2), True), KVRows((4, 0), False)
     for kv in (KVRows(tuple(range(5)), True), scattered):
         keys, values = pool.read(3, pool.where(kv, 0, 8))

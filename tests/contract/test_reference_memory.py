@@ -12,7 +12,8 @@ import pytest
 from cortexstream.backend import Backend, BackendOptions, KVQuantization, LayerKV, LayerState, ModelInfo
 from cortexstream.backends import reference
 from cortexstream.backends.common.kv_format import kv_quantization
-from cortexstream.backends.reference.memory import KVMemory
+from cortexstream.backends.common.kv_memory import KVMemory
+from cortexstream.backends.reference.store import make_store
 from cortexstream.errors import EngineError, ModelLoadError, OutOfMemoryBudgetError
 from cortexstream.plan import KVRows, MemoryOp, Move, PlanRow, SampleSpec, StepPlan, SwapDrop, SwapIn, SwapOut
 from tests.contract.tiny_llama import write_folder
@@ -24,7 +25,7 @@ BLOCKS = (10, 6, 9)  # for full attention, for the window of 5 (a ring of 8), fo
 
 
 def memory(quantization: KVQuantization | None = None, memory_bytes: int = 10**7) -> KVMemory:
-    return KVMemory(replace(INFO, kv_quantization=quantization), BLOCKS, 4, memory_bytes)
+    return KVMemory(make_store, replace(INFO, kv_quantization=quantization), BLOCKS, 4, memory_bytes)
 
 
 def noisy(quantization: KVQuantization | None = None) -> KVMemory:
@@ -36,7 +37,7 @@ def noisy(quantization: KVQuantization | None = None) -> KVMemory:
 
 
 def parts(made: KVMemory, *pools: int) -> list[Any]:
-    return [part for number in pools or range(3) for part in made.pools[number]._parts]
+    return [part for number in pools or range(3) for store in made.pools[number]._stores for part in store.parts]
 
 
 def bits(made: KVMemory) -> list[Any]:
@@ -103,7 +104,7 @@ def test_p7_block_counts_and_budget() -> None:
         ((10, 0, 9), "0 KV blocks were asked for"),
     ):
         with pytest.raises(EngineError, match=words):
-            KVMemory(INFO, blocks, 4, 10**7)
+            KVMemory(make_store, INFO, blocks, 4, 10**7)
     exact = memory().nbytes
     assert memory(memory_bytes=exact).nbytes == exact == 94208
     words = (
@@ -146,7 +147,7 @@ def test_f17_a_move_copies_slots_of_its_pool_alone(
 
 
 def bits_of_pool(made: KVMemory, all_bits: list[Any], pool: int) -> list[Any]:
-    owners = [number for number in range(3) for _ in made.pools[number]._parts]
+    owners = [number for number in range(3) for _ in parts(made, number)]
     return [part for part, owner in zip(all_bits, owners, strict=True) if owner == pool]
 
 

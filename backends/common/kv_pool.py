@@ -9,11 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cortexstream.backend import KVQuantization, LayerKV
-from cortexstream.backends.reference.store import DenseStore, QuantizedStore, Slots, Store
+from cortexstream.backends.common.kv_store import MakeStore, Slots, Store
 from cortexstream.errors import EngineError
 from cortexstream.plan import KVRows, Move, ring_tokens
 
-Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 
@@ -25,25 +24,22 @@ class KVPool:
     """
 
     def __init__(
-        self, layers: Mapping[int, LayerKV], num_blocks: int, block_tokens: int, window: int | None = None,
-        quantization: KVQuantization | None = None,
+        self, make_store: MakeStore, layers: Mapping[int, LayerKV], num_blocks: int, block_tokens: int,
+        window: int | None = None, quantization: KVQuantization | None = None,
     ) -> None:  # fmt: skip
         self.num_blocks, self.block_tokens, self.window = num_blocks, block_tokens, window
         self.ring_tokens = None if window is None else ring_tokens(window, block_tokens)
 
         def store(heads: int, dim: int) -> Store:
-            slots = num_blocks * block_tokens
-            if quantization is None:
-                return DenseStore(slots, heads, dim)
-            return QuantizedStore(slots, heads, dim, quantization)
+            return make_store(num_blocks * block_tokens, heads, dim, quantization)
 
         self._keys = {number: store(layer.num_kv_heads, layer.key_dim) for number, layer in layers.items()}
         self._values = {number: store(layer.num_kv_heads, layer.value_dim) for number, layer in layers.items()}
-        self._parts = [part for side in (self._keys, self._values) for held in side.values() for part in held.parts]
+        self._stores = [*self._keys.values(), *self._values.values()]
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in self._parts)
+        return sum(store.nbytes for store in self._stores)
 
     def held(self, num_tokens: int) -> int:
         """Slots that a row of `num_tokens` tokens uses."""
@@ -65,37 +61,46 @@ class KVPool:
             return slice(slots[0], slots[0] + count)
         return slots
 
-    def append(self, layer: int, slots: Slots, k: Floats, v: Floats) -> None:
+    def append(self, layer: int, slots: Slots, k: Any, v: Any) -> None:
         """Write k and v [T, heads, dim] into `slots` [T]."""
         self._keys[layer].append(slots, k)
         self._values[layer].append(slots, v)
 
-    def read(self, layer: int, where: slice | Slots) -> tuple[Floats, Floats]:
-        """Keys and values in these slots, [T, heads, dim]; views of a slice if they are stored as float32."""
+    def read(self, layer: int, where: slice | Slots) -> tuple[Any, Any]:
+        """Keys and values in these slots, [T, heads, dim]; views of a slice if they are not quantised."""
         return self._keys[layer].read(where), self._values[layer].read(where)
 
-    def rounded(self, layer: int, k: Floats, v: Floats) -> tuple[Floats, Floats]:
+    def rounded(self, layer: int, k: Any, v: Any) -> tuple[Any, Any]:
         """What `read` would give for k and v [T, heads, dim] if they were stored."""
         return self._keys[layer].rounded(k), self._values[layer].rounded(v)
 
-    def take(self, kv: KVRows, num_tokens: int) -> list[Array]:
-        """A raw copy of what a row of `num_tokens` tokens holds: one array per part of a layer's keys or values."""
-        slots = self._where(kv, np.arange(self.held(num_tokens)))
-        return [part[slots] for part in self._parts]
+    def to_host(self, layer: int, slots: Slots) -> tuple[Floats, Floats]:
+        """Copies of keys and values in these slots, in numpy's float32."""
+        return self._keys[layer].to_host(slots), self._values[layer].to_host(slots)
 
-    def put(self, kv: KVRows, num_tokens: int, copies: list[Array]) -> None:
+    def from_host(self, layer: int, slots: Slots, k: Floats, v: Floats) -> None:
+        """`append` of numpy's float32."""
+        self._keys[layer].from_host(slots, k)
+        self._values[layer].from_host(slots, v)
+
+    def take(self, kv: KVRows, num_tokens: int) -> list[list[Any]]:
+        """Raw copies in host memory of what a row of `num_tokens` tokens holds: a list per layer's keys or values."""
+        slots = self._where(kv, np.arange(self.held(num_tokens)))
+        return [store.take(slots) for store in self._stores]
+
+    def put(self, kv: KVRows, num_tokens: int, copies: list[list[Any]]) -> None:
         """Write what `take` gave, bit for bit, to another row's blocks."""
         slots = self._where(kv, np.arange(self.held(num_tokens)))
-        for part, copy in zip(self._parts, copies, strict=True):
-            part[slots] = copy
+        for store, parts in zip(self._stores, copies, strict=True):
+            store.put(slots, parts)
 
     def move(self, move: Move) -> None:
         """Copy a run's first `num_tokens` slots to where the target begins, as if through a temporary."""
         source, target = move.source * self.block_tokens, move.target * self.block_tokens
         if source == target:
             return
-        for part in self._parts:
-            part[target : target + move.num_tokens] = part[source : source + move.num_tokens].copy()
+        for store in self._stores:
+            store.move(source, target, move.num_tokens)
 
     def check_move(self, move: Move) -> None:
         """Raises EngineError when a run of `move` does not hold its tokens or lies outside the memory."""

@@ -7,21 +7,19 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from cortexstream.backend import LayerState, ModelInfo
-from cortexstream.backends.reference.pool import KVPool
+from cortexstream.backends.common.kv_pool import KVPool
+from cortexstream.backends.common.kv_store import MakeStore
 from cortexstream.errors import EngineError, OutOfMemoryBudgetError
 from cortexstream.plan import KVRows, MemoryOp, Move, SwapDrop, SwapIn, SwapOut
-
-Array = npt.NDArray[Any]
 
 
 class Kept(NamedTuple):
     """A swapped sequence: raw copies, one list per pool."""
 
     num_tokens: int
-    copies: list[list[Array]]
+    copies: list[list[list[Any]]]
 
 
 class KVMemory:
@@ -31,7 +29,10 @@ class KVMemory:
     `memory_bytes` or the host refuses them.
     """
 
-    def __init__(self, model: ModelInfo, blocks: tuple[int, ...], block_tokens: int, memory_bytes: int) -> None:
+    def __init__(
+        self, make_store: MakeStore, model: ModelInfo, blocks: tuple[int, ...], block_tokens: int, memory_bytes: int,
+        device: str = "the host",
+    ) -> None:  # fmt: skip
         windows = model.windows
         if len(blocks) != 1 + len(windows):
             raise EngineError(
@@ -44,7 +45,7 @@ class KVMemory:
         if nbytes > memory_bytes:
             most = _plus(memory_bytes * n // nbytes for n in blocks)
             raise OutOfMemoryBudgetError(
-                f"{asked} take {nbytes} bytes; the host has {memory_bytes}; ask for at most {most} blocks"
+                f"{asked} take {nbytes} bytes; {device} has {memory_bytes}; ask for at most {most} blocks"
             )
         self.block_tokens = block_tokens
         self._layers = model.layers
@@ -53,13 +54,14 @@ class KVMemory:
         try:
             self.pools = tuple(
                 KVPool(
+                    make_store,
                     {layer: model.layers[layer] for layer, pool in enumerate(self.pool_of) if pool == number},
                     blocks[number], block_tokens, window, model.kv_quantization,
                 )
                 for number, window in enumerate((None, *windows))
             )  # fmt: skip
         except MemoryError:
-            raise OutOfMemoryBudgetError(f"the host refused {nbytes} bytes for {asked}") from None
+            raise OutOfMemoryBudgetError(f"{device} refused {nbytes} bytes for {asked}") from None
 
     @property
     def nbytes(self) -> int:
@@ -128,8 +130,7 @@ class KVMemory:
         self.check_row(kv, 0, num_tokens)
         states = []
         for layer, (pool, rows) in enumerate(self._layer_rows(kv)):
-            keys, values = pool.read(layer, pool.slots(rows, *_span(pool, num_tokens)))
-            states.append(LayerState(keys, values))
+            states.append(LayerState(*pool.to_host(layer, pool.slots(rows, *_span(pool, num_tokens)))))
         return states
 
     def write(self, kv: KVRows, num_tokens: int, layers: Sequence[LayerState]) -> None:
@@ -148,7 +149,7 @@ class KVMemory:
                         f"{wanted}"
                     )
         for number, (state, (pool, rows)) in enumerate(zip(layers, places, strict=True)):
-            pool.append(number, pool.slots(rows, *_span(pool, num_tokens)), *state)
+            pool.from_host(number, pool.slots(rows, *_span(pool, num_tokens)), *state)
 
     def _swap(self, op: SwapOut | SwapIn | SwapDrop) -> None:
         if isinstance(op, SwapOut):
