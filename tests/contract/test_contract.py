@@ -19,7 +19,7 @@ from tests.conftest import require
 BLOCK = 16
 NUM_BLOCKS = 24
 GREEDY = SampleSpec()
-CASES = [("null", "run"), ("null", "paged"), ("reference", "run"), ("reference", "paged"), ("mlx", "run")]
+CASES = [("null", "run"), ("null", "paged"), ("reference", "run"), ("reference", "paged"), ("mlx", "run"), ("cuda", "paged")]
 
 
 @pytest.fixture(params=CASES, ids=["-".join(case) for case in CASES])
@@ -28,7 +28,10 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     if name == "mlx":
         require("mlx")
         require("mlx_lm")
-    extra = {"vocab_size": 384} if name == "null" else {}
+    if name == "cuda":
+        require("torch")
+        require("transformers")
+    extra = {"null": {"vocab_size": 384}, "cuda": {"device": "cpu"}}.get(name, {})
     model = None if name == "null" else str(tiny_folder())
     module = import_module(f"cortexstream.backends.{name}")
     assert module.available() is None

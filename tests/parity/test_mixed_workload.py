@@ -22,6 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "reference": {"backend": "reference"},
     "reference-run": {"backend": "reference", "kv_layout": "run"},
     "mlx": {"backend": "mlx"},
+    "cuda": {"backend": "cuda", "backend_options": {"device": "cpu"}},
 }  # fmt: skip
 
 
@@ -74,6 +75,9 @@ def backend_of(name: str) -> None:
     if name == "mlx":
         require("mlx")
         require("mlx_lm")
+    if name == "cuda":
+        require("torch")
+        require("transformers")
 
 
 @pytest.mark.timeout(900)
@@ -90,10 +94,11 @@ def test_together_is_alone(name: str) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_backends_agree() -> None:
-    """P1: reference and mlx draw the same tokens, greedy and seeded, from the same checkpoint in float32."""
-    backend_of("mlx")
-    for number, (a, b) in enumerate(zip(alone("reference"), alone("mlx"), strict=True)):
+@pytest.mark.parametrize("name", ["mlx", "cuda"])
+def test_backends_agree(name: str) -> None:
+    """P1: every backend draws the reference's tokens, greedy and seeded, from the same checkpoint in float32."""
+    backend_of(name)
+    for number, (a, b) in enumerate(zip(alone("reference"), alone(name), strict=True)):
         assert a.outputs[0].token_ids == b.outputs[0].token_ids, f"prompt {number}"
         assert a.outputs[0].text == b.outputs[0].text
 

@@ -1,0 +1,157 @@
+"""Loading: transformers' model classes with our attention, and what the core must know about them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+from cortexstream.backend import LayerKV
+from cortexstream.backends.common.affine import dense_weights
+from cortexstream.backends.common.checkpoint import check_weights, read_config, read_weights
+from cortexstream.backends.cuda.attention import NAME, Options, Seat, register, take_seats
+from cortexstream.errors import ModelLoadError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+REFUSED_LAYERS = {"chunked_attention": "attends within chunks", "linear_attention": "keeps a recurrent state"}
+
+
+class LoadedModel(NamedTuple):
+    """A model in evaluation mode, and its layers' geometry as a probe with one token found it."""
+
+    model: torch.nn.Module
+    seat: Seat
+    layers: tuple[LayerKV, ...]
+    dtype: torch.dtype
+    max_context_tokens: int
+    vocab_size: int
+
+
+def load(folder: Path, dtype: str, device: torch.device) -> LoadedModel:
+    """Load a Hugging Face folder, or one that mlx-lm quantised, in `dtype` ("auto": the checkpoint's on a GPU, float32
+    on a CPU).
+
+    Raises ModelLoadError for a broken folder, an unknown architecture, or one whose layers keep a state other than
+    keys and values, or attend in a way that is not known here.
+    """
+    config = read_config(folder)
+    name = folder.name
+    check_weights(folder)
+    _refuse_layers(config, name)
+    register()
+    try:
+        settings = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        settings.use_cache = False
+        kind = _dtype(dtype, settings, device)
+        model = _build(folder, config, settings, kind)
+    except ModelLoadError:
+        raise
+    except Exception as error:
+        raise ModelLoadError(f"{name}: transformers cannot load it: {short(error)}") from error
+    model = model.to(device).eval().requires_grad_(False)
+    model.set_attn_implementation(NAME)
+    seat = Seat()
+    take_seats(model, seat)
+    layers, vocab_size = _probe(model, seat, settings, device, name)
+    return LoadedModel(model, seat, layers, kind, _context(settings, name), vocab_size)
+
+
+def _dtype(asked: str, settings: Any, device: torch.device) -> torch.dtype:
+    if asked != "auto":
+        return DTYPES[asked]
+    stored = getattr(settings, "dtype", None)
+    return torch.float32 if device.type == "cpu" or stored not in DTYPES.values() else stored
+
+
+def _build(folder: Path, config: dict[str, Any], settings: Any, kind: torch.dtype) -> Any:
+    """The model with its weights. A quantised folder of mlx-lm is dequantised: its tensors have transformers' names."""
+    if "quantization" not in config:
+        if config.get("quantization_config"):
+            method = config["quantization_config"].get("quant_method", "unknown")
+            raise ModelLoadError(
+                f"{folder.name}: is quantised by {method!r}; use the original weights, or a folder that mlx-lm quantised"
+            )
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=kind, local_files_only=True, attn_implementation="eager"
+        )
+    for key in ("quantization", "quantization_config"):
+        if hasattr(settings, key):
+            delattr(settings, key)
+    weights = {n: torch.from_numpy(array) for n, array in dense_weights(read_weights(folder), config).items()}
+    model: Any = transformers.AutoModelForCausalLM.from_config(settings, dtype=kind, attn_implementation="eager")
+    missing, unknown = model.load_state_dict(weights, strict=False)
+    tied = set(model.all_tied_weights_keys)
+    lost = [key for key in missing if key not in tied]
+    if lost or unknown:
+        what = f"{lost[0]} is missing" if lost else f"{unknown[0]} has no place in it"
+        raise ModelLoadError(f"{folder.name}: does not fit transformers' {config['model_type']}: tensor {what}")
+    model.tie_weights()
+    return model
+
+
+def _refuse_layers(config: dict[str, Any], name: str) -> None:
+    for kind in config.get("layer_types") or ():
+        if kind in REFUSED_LAYERS:
+            raise ModelLoadError(f"{name}: a layer of this model {REFUSED_LAYERS[kind]}, which is not supported")
+
+
+def _probe(
+    model: Any, seat: Seat, settings: Any, device: torch.device, name: str
+) -> tuple[tuple[LayerKV, ...], int]:
+    """Learn the KV geometry by running one token with an attention that only looks."""
+    seen: dict[int, LayerKV] = {}
+
+    def look(
+        layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, options: Options
+    ) -> torch.Tensor:
+        if layer in seen:
+            raise ModelLoadError(f"{name}: layer {layer} attends twice, which is not supported")
+        seen[layer] = LayerKV(k.shape[1], k.shape[2], v.shape[2], window)
+        return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+
+    seat.attend = look
+    try:
+        with torch.inference_mode():
+            logits = forward(model, torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, device=device))
+    except ModelLoadError:
+        raise
+    except Exception as error:
+        raise ModelLoadError(f"{name}: this {settings.model_type} model cannot run one token: {short(error)}") from error
+    finally:
+        seat.attend = None
+    layers = getattr(settings.get_text_config(), "num_hidden_layers", len(seen))
+    if sorted(seen) != list(range(layers)):
+        raise ModelLoadError(
+            f"{name}: of the {layers} layers of this {settings.model_type} model {len(seen)} attend through "
+            "transformers' attention interface; the others keep a state that is not supported"
+        )
+    return tuple(seen[layer] for layer in range(layers)), logits.shape[-1]
+
+
+def forward(
+    model: Any, tokens: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Logits [rows, vocabulary] after the tokens with the indices `wanted` (the last, if None), of a flat step: tokens
+    [T] and positions [T] of any number of rows, which only attention tells apart."""
+    keep: Any = 1 if wanted is None else wanted
+    out = model(
+        input_ids=tokens[None], position_ids=positions.long()[None], use_cache=False, logits_to_keep=keep
+    )
+    logits: torch.Tensor = out.logits[0]
+    return logits
+
+
+def _context(settings: Any, name: str) -> int:
+    text = settings.get_text_config()
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        if isinstance(getattr(text, key, None), int):
+            return int(getattr(text, key))
+    raise ModelLoadError(f"{name}/config.json: names no context length; add max_position_embeddings")
+
+
+def short(error: Exception) -> str:
+    """An error as one line."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= 300 else line[:300] + " ..."

@@ -1,0 +1,91 @@
+"""Where one layer's keys or values lie: torch tensors on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cortexstream.backend import KVQuantization
+from cortexstream.backends.common.kv_store import MakeStore, Slots, Store
+from cortexstream.backends.cuda.quantize import dequantize, quantize
+
+Floats = npt.NDArray[np.float32]
+
+
+def store_maker(dtype: torch.dtype, device: torch.device) -> MakeStore:
+    """Stores of this dtype on this device; see `backends.common.kv_store.MakeStore`. They raise MemoryError when the
+    device refuses."""
+
+    def make(slots: int, heads: int, dim: int, quantization: KVQuantization | None) -> Store:
+        try:
+            return TorchStore(slots, heads, dim, dtype, device, quantization)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            raise MemoryError(str(error)) from error
+
+    return make
+
+
+class TorchStore:
+    """[slots, heads, dim] of `dtype`, or with `quantization` packed int32 [slots, heads, dim * bits / 32], and scales
+    and biases [slots, heads, dim / group] of `dtype`."""
+
+    def __init__(
+        self, slots: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device,
+        quantization: KVQuantization | None,
+    ) -> None:  # fmt: skip
+        self.quantization, self.dtype = quantization, dtype
+        if quantization is None:
+            self.parts = [torch.zeros(slots, heads, dim, dtype=dtype, device=device)]
+        else:
+            bits, group = quantization
+            self.parts = [torch.zeros(slots, heads, dim * bits // 32, dtype=torch.int32, device=device)]
+            self.parts += [torch.zeros(slots, heads, dim // group, dtype=dtype, device=device) for _ in range(2)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def append(self, slots: Any, new: torch.Tensor) -> None:
+        where = self._index(slots)
+        for part, values in zip(self.parts, self._encode(new), strict=True):
+            part[where] = values
+
+    def read(self, where: Any) -> torch.Tensor:
+        index = where if isinstance(where, slice) else self._index(where)
+        return self._decode([part[index] for part in self.parts])
+
+    def rounded(self, new: torch.Tensor) -> torch.Tensor:
+        return self._decode(self._encode(new))
+
+    def move(self, source: int, target: int, count: int) -> None:
+        for part in self.parts:
+            part[target : target + count] = part[source : source + count].clone()
+
+    def take(self, slots: Slots) -> list[torch.Tensor]:
+        where = self._index(slots)
+        return [part[where].cpu() for part in self.parts]
+
+    def put(self, slots: Slots, copies: list[torch.Tensor]) -> None:
+        where = self._index(slots)
+        for part, copy in zip(self.parts, copies, strict=True):
+            part[where] = copy.to(part.device)
+
+    def to_host(self, slots: Slots) -> Floats:
+        numbers: Floats = self.read(slots).float().cpu().numpy()
+        return numbers
+
+    def from_host(self, slots: Slots, new: Floats) -> None:
+        self.append(slots, torch.from_numpy(np.ascontiguousarray(new)).to(self.parts[0].device))
+
+    def _index(self, slots: Any) -> torch.Tensor:
+        return torch.as_tensor(slots, device=self.parts[0].device)
+
+    def _encode(self, new: torch.Tensor) -> list[torch.Tensor]:
+        new = new.to(self.dtype)
+        return [new] if self.quantization is None else list(quantize(new, *self.quantization))
+
+    def _decode(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return parts[0] if self.quantization is None else dequantize(parts, *self.quantization)
