@@ -1,16 +1,18 @@
 """Table 1 of bench_kv.py: what an operation of the KV arena takes, and how that grows with the arena.
 
-A steady random mix. While less than 70 % of the blocks are held, the next operation takes some, else it gives some back,
-of an owner picked at random. Lengths are log-uniform, 16 to 1,000 tokens in blocks of 16, whatever the arena's size.
-Every operation is timed alone, so what picks the next one costs nothing; a figure is the median over one repeat's
-operations, then the median over the repeats. The mean is shown beside it, because a median hides rare, dear operations
-such as a compaction. Every row runs the same number of operations, after a warm-up in which as many owners left as the
-arena holds, twice.
+A steady random mix. While less than 70 % of the blocks are held, the next operation takes some, else it gives some
+back, of an owner picked at random. Lengths are log-uniform, 16 to 1,000 tokens in blocks of 16, whatever the arena's
+size. Every operation is timed alone, so what picks the next one costs nothing; a figure is the median over one
+repeat's operations, then the median over the repeats; `cycle` is the sum of a row's figures. The mean is shown beside
+it, because a median hides rare, dear operations such as a compaction; it also holds what the machine did meanwhile.
+Every row runs the same number of operations, after a warm-up in which as many owners left as there are. Either ends
+after half a minute, and the row says so.
 
 `allocator`: `allocate` and `free` of adjacent blocks, first fit and buddy.
-`arena`: `KVArena` with prefix caching. `admit` a prompt (one of 8 beginnings of 64 tokens, then random tokens), `publish`
-it, `grow` a random sequence by one token beyond its capacity, `release` it with its tokens, which keeps them: the 30 % that
-no sequence holds are full of kept prefixes, and each admission makes room among them. Half of the operations grow.
+`arena`: `KVArena` with prefix caching. `admit` a prompt (one of 8 beginnings of 64 tokens, then random tokens),
+`publish` it, `grow` a random sequence by one token beyond its capacity, `release` it with its tokens, which keeps
+them: the 30 % that no sequence holds are full of kept prefixes, and each admission makes room among them. Half of the
+operations grow.
 """
 
 from __future__ import annotations
@@ -18,16 +20,16 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable
-from time import perf_counter_ns
+from time import perf_counter, perf_counter_ns
 from typing import Any, Literal, NamedTuple
 
 from cortexstream.errors import ArenaFullError
 from cortexstream.kv import Allocator, BlockAllocator, BuddyAllocator, KVArena, KVHandle, Run
 
-SIZES = (2_000, 20_000, 200_000)  # blocks
+SIZES, QUICK_SIZES = (2_000, 20_000, 200_000), (1_000, 4_000)  # blocks
 BLOCK_TOKENS = 16
 OCCUPANCY = 0.7
-TURNOVERS = 2  # of the whole population, before the clock counts
+PATIENCE_S = 30.0  # for the warm-up, and again for the measurement
 SHORTEST, LONGEST, MOST_OUTPUT = 16, 1000, 256  # tokens
 BEGINNINGS, BEGINNING_TOKENS, VOCABULARY = 8, 64, 32_000
 
@@ -123,8 +125,7 @@ class ArenaMix:
 
     def _admit(self, times: Times) -> None:
         own = log_uniform(self._rng, SHORTEST, LONGEST)
-        tokens = self._rng.choice(self._beginnings)[:own] + self._rng.choices(self._words, k=own)
-        tokens = tokens[:own]
+        tokens = (self._rng.choice(self._beginnings) + self._rng.choices(self._words, k=own))[:own]
         limit = own + log_uniform(self._rng, SHORTEST, MOST_OUTPUT)
         known = tokens[:-1]
         started = perf_counter_ns()
@@ -178,33 +179,65 @@ MIXES: dict[tuple[str, str], Callable[[int, random.Random], Mix]] = {
 
 
 def time_mix(mix: Mix, effort: Effort) -> dict[str, Any]:
-    """Medians and means in microseconds, per part of a cycle and for all of them together."""
-    while not mix.left or mix.left < TURNOVERS * mix.owners:
-        mix.step({part: [] for part in mix.parts})
-    before = dict(mix.facts)
-    medians: dict[str, list[float]] = {part: [] for part in mix.parts}
-    means: dict[str, list[float]] = {part: [] for part in mix.parts}
+    """Medians and means in microseconds, per operation and for a cycle of all of them."""
+    scratch: Times = {part: [] for part in mix.parts}
+    deadline = perf_counter() + PATIENCE_S
+    while mix.left < max(1, mix.owners) and perf_counter() < deadline:
+        mix.step(scratch)
+    warm = perf_counter() < deadline
+    before, repeats, done = dict(mix.facts), [], 0
+    deadline = perf_counter() + PATIENCE_S
     for _ in range(effort.repeats):
         times: Times = {part: [] for part in mix.parts}
+        repeats.append(times)
         for _ in range(effort.operations):
             mix.step(times)
-        for part, found in times.items():
-            medians[part].append(statistics.median(found) / 1000)
-            means[part].append(statistics.mean(found) / 1000)
-    median = {part: statistics.median(values) for part, values in medians.items()}
-    mean = {part: statistics.median(values) for part, values in means.items()}
+            done += 1
+            if perf_counter() > deadline and all(times.values()):
+                break
+        if perf_counter() > deadline:
+            break
+
+    def us(average: Callable[[list[int]], float]) -> dict[str, float]:
+        return {part: statistics.median(average(times[part]) / 1000 for times in repeats) for part in mix.parts}
+
+    median, mean = us(statistics.median), us(statistics.mean)
     return {
         "owners": mix.owners, "median_us": median, "mean_us": mean, "cycle_us": sum(median.values()),
-        "mean_cycle_us": sum(mean.values()), "counted": {name: n - before[name] for name, n in mix.facts.items()},
+        "mean_cycle_us": sum(mean.values()), "operations_done": done,
+        "warm": warm, "cut_short": done < effort.repeats * effort.operations,
+        "counted": {name: count - before[name] for name, count in mix.facts.items()},
     }  # fmt: skip
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
     effort = Effort(repeats=2, operations=400) if quick else Effort(repeats=5, operations=4000)
-    sizes = tuple(size // 10 for size in SIZES) if quick else SIZES
-    return [
-        {"level": level, "policy": policy, "num_blocks": size, **effort._asdict()}
-        | time_mix(make(size, random.Random(0)), effort)
-        for (level, policy), make in MIXES.items()
-        for size in sizes
-    ]
+    sizes = QUICK_SIZES if quick else SIZES
+    rows = []
+    for (level, policy), make in MIXES.items():
+        first = 0.0
+        for size in sizes:
+            row = {"level": level, "policy": policy, "num_blocks": size, **effort._asdict()}
+            row |= time_mix(make(size, random.Random(0)), effort)
+            first = first or row["cycle_us"]
+            rows.append(row | {"growth": row["cycle_us"] / first})
+    return rows
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    print(f"{'level':11}{'policy':11}{'blocks':>8}{'owners':>8}{'cycle, us':>11}{'mean':>9}{'growth':>8}  of which")
+    for row in rows:
+        parts = ", ".join(f"{part} {us:.1f}" for part, us in row["median_us"].items())
+        if any(row["counted"].values()):
+            parts += "; " + ", ".join(f"{count:,} {name}" for name, count in row["counted"].items())
+        if not row["warm"]:
+            parts += "; WARM-UP CUT SHORT"
+        if row["cut_short"]:
+            parts += f"; CUT SHORT after {row['operations_done']:,} operations"
+        print(f"{row['level']:11}{row['policy']:11}{row['num_blocks']:8,}{row['owners']:8,}{row['cycle_us']:11.1f}"
+              f"{row['mean_cycle_us']:9.1f}{row['growth']:8.2f}  {parts}")  # fmt: skip
+    largest, smallest = rows[-1]["num_blocks"], rows[0]["num_blocks"]
+    worst = max(row["growth"] for row in rows)
+    print(
+        f"from {smallest:,} to {largest:,} blocks a cycle takes at most {worst:.2f} times as long; the aim is below 3"
+    )

@@ -1,15 +1,15 @@
 """Table 2 of bench_kv.py: bytes of KV that joins, leaves and growth copy, here and in mlx-lm's batches.
 
-Both serve one trace of the embedded model, as bench_engine.py plays it: 24 prompts of random tokens, 16 to 1,000 long, 16
-to 256 tokens of output, log-uniform, at most 16 at once, greedy. They arrive while the first third of all output is
-generated, so about seven run at a time. Prefix caching is off. Both must draw the same tokens. Nothing is timed, and the
-counts do not depend on the machine.
+Both serve one trace of the embedded model, as bench_engine.py plays it: 24 prompts of random tokens, 16 to 1,000
+long, 16 to 256 tokens of output, log-uniform, at most 16 at once, greedy. They arrive while the first third of all
+output is generated, so about seven run at a time. Prefix caching is off. Both must draw the same tokens. Nothing is
+timed, and the counts do not depend on the machine.
 
-Ours: `EngineStats.moved_bytes`, split by what the plans' moves are for: a run that grew in place and is laid out anew, one
-that moved to a hole to grow, one that was slid by a compaction.
+Ours: `EngineStats.moved_bytes`, split by what the plans' moves are for: a run that grew in place and is laid out
+anew, one that moved to a hole to grow, one that was slid by a compaction.
 
-mlx-lm's: what the methods of `BatchKVCache` copy under `BatchGenerator`. Each of these makes a new array of keys and one
-of values per layer out of older ones:
+mlx-lm's: what the methods of `BatchKVCache` copy under `BatchGenerator`. Each of these makes a new array of keys and
+one of values per layer out of older ones:
 
     join    `extend`: both batches padded to one length and concatenated
     leave   `filter`: the rows that stay, gathered
@@ -17,10 +17,11 @@ of values per layer out of older ones:
     roll    `finalize`: prompts of different lengths, computed together, rolled from right to left padding
     merge   `merge` of caches that hold something
 
-`bytes` counts of each new array the keys and values of live tokens alone: not the padding, which is copied too
-(`padded_bytes` has it), not the unused capacity of a grown one. A byte counts once, where it ends. Not counted: the padded
-temporaries of `extend`; the copy that MLX makes when `update_and_fetch` writes to the slice that `filter` left; `extract`
-of a finished row, which nobody evaluates here; copies of caches, which share their arrays; `trim`, which moves an index.
+`bytes` are those of each new array: what is copied, padding included, since mlx-lm keeps a batch as one rectangle; of
+a grown array only the old part. `live_bytes` are of these the keys and values of live tokens alone, the least that
+one can count. A byte counts once, where it ends, on both sides. Not counted: the padded temporaries of `extend`; the
+copy that MLX makes when `update_and_fetch` writes to the slice that `filter` left; `extract` of a finished row, which
+nobody evaluates here; copies of cache objects, which share their arrays; `trim`, which moves an index.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench_engine import CortexStream, MlxLm, Side, play, trace
+from bench_engine import CortexStream, Job, MlxLm, Side, play, trace
 
 from cortexstream import EngineConfig
 from cortexstream.backend import BackendOptions
@@ -76,33 +77,37 @@ class Ours(CortexStream):
         )
         self._out = []
         self._prompt_tokens = 0
-        self.settings = {"device": self.backend.info.device, "dtype": self.backend.info.dtype}
+        self.settings = {
+            "device": self.backend.info.device, "dtype": self.backend.info.dtype,
+            "prefix_caching": self.core.arena.prefix_caching,
+        }  # fmt: skip
 
     def copied(self) -> dict[str, Any]:
         moved, size = self.core.stats().moved_bytes, self.backend.model.kv_bytes_per_token
         parts = {name: tokens * size for name, tokens in sorted(self.backend.tokens.items())}
         if sum(parts.values()) != moved:
             raise SystemExit(f"the plans move {sum(parts.values())} bytes, the engine counts {moved}")
-        return {"bytes": moved, "padded_bytes": moved, "parts": parts}
+        return {"bytes": moved, "live_bytes": moved, "parts": parts}
 
 
 class CopyCounter:
-    """What BatchKVCache's methods copied: bytes by cause, of live tokens and of whole arrays."""
+    """What BatchKVCache's methods copied, in bytes by cause."""
 
     def __init__(self) -> None:
-        self.live: Counter[str] = Counter()
-        self.padded: Counter[str] = Counter()
+        self._whole: Counter[str] = Counter()
+        self._live: Counter[str] = Counter()
 
     def add(self, cause: str, cache: Any, shape: tuple[int, int], lengths: list[int]) -> None:
         """`cache` got arrays of (rows, tokens) `shape`, in which rows of `lengths` tokens are of use."""
         rows, slots = cache.keys.shape[0], cache.keys.shape[2]
         token_bytes = (cache.keys.nbytes + cache.values.nbytes) // (rows * slots)
-        self.live[cause] += sum(lengths) * token_bytes
-        self.padded[cause] += shape[0] * shape[1] * token_bytes
+        self._whole[cause] += shape[0] * shape[1] * token_bytes
+        self._live[cause] += sum(lengths) * token_bytes
 
     def copied(self) -> dict[str, Any]:
         return {
-            "bytes": self.live.total(), "padded_bytes": self.padded.total(), "parts": dict(sorted(self.live.items())),
+            "bytes": self._whole.total(), "live_bytes": self._live.total(), "parts": dict(sorted(self._whole.items())),
+            "live_parts": dict(sorted(self._live.items())),
         }  # fmt: skip
 
 
@@ -157,12 +162,15 @@ def counting(counter: CopyCounter) -> Iterator[None]:
         BatchKVCache.merge = merge
 
 
-def tokens_of(side: Side, jobs: list[Any]) -> list[list[int]]:
+def tokens_of(side: Side, jobs: list[Job]) -> tuple[list[list[int]], float]:
+    """What each request got, and how many ran in a step, on average."""
     tokens: list[list[int]] = [[] for _ in jobs]
+    steps = 0
     for step in play(side, jobs):
+        steps += 1
         for number, token in step.tokens:
             tokens[number].append(token)
-    return tokens
+    return tokens, sum(map(len, tokens)) / steps
 
 
 def measure(quick: bool) -> dict[str, Any]:
@@ -172,20 +180,33 @@ def measure(quick: bool) -> dict[str, Any]:
     spread = trace(SEED, requests, longest_prompt, longest_output, vocab_size)
     jobs = [job._replace(arrival=job.arrival // 2) for job in spread]
     ours = Ours(model)
-    our_tokens = tokens_of(ours, jobs)
+    our_tokens, rows = tokens_of(ours, jobs)
     ours.core.close()
     counter = CopyCounter()
     with counting(counter):
-        their_tokens = tokens_of(MlxLm(model, MAX_NUM_SEQS, None), jobs)
-    sides = {"cortexstream": ours.copied(), "mlx-lm": counter.copied()}
-    output = sum(job.num_output for job in jobs)
+        their_tokens, _ = tokens_of(MlxLm(model, MAX_NUM_SEQS, None), jobs)
+    mine, theirs = ours.copied(), counter.copied()
     return {
         "trace": {
             "requests": requests, "longest_prompt": longest_prompt, "longest_output": longest_output, "seed": SEED,
-            "max_num_seqs": MAX_NUM_SEQS, "output_tokens": output,
-            "prompt_tokens": sum(len(job.prompt) for job in jobs),
+            "max_num_seqs": MAX_NUM_SEQS, "prompt_tokens": sum(len(job.prompt) for job in jobs),
+            "output_tokens": sum(job.num_output for job in jobs), "mean_rows": rows,
         },
-        "settings": ours.settings, "kv_bytes_per_token": ours.backend.model.kv_bytes_per_token, "sides": sides,
-        "ratio": sides["cortexstream"]["bytes"] / sides["mlx-lm"]["bytes"],
+        "settings": ours.settings, "kv_bytes_per_token": ours.backend.model.kv_bytes_per_token,
+        "sides": {"cortexstream": mine, "mlx-lm": theirs}, "ratio": mine["bytes"] / theirs["bytes"],
+        "ratio_to_live": mine["live_bytes"] / theirs["live_bytes"],
         "with_equal_tokens": sum(a == b for a, b in zip(our_tokens, their_tokens, strict=True)),
     }  # fmt: skip
+
+
+def report(found: dict[str, Any]) -> None:
+    about, token_bytes = found["trace"], found["kv_bytes_per_token"]
+    print(f"{about['requests']} requests, {about['mean_rows']:.1f} at a time, {about['prompt_tokens']:,} prompt and "
+          f"{about['output_tokens']:,} output tokens of {token_bytes:,} bytes of KV")  # fmt: skip
+    print(f"{'':14}{'copied, MiB':>13}{'live alone':>12}  of which")
+    for side, copied in found["sides"].items():
+        parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in copied["parts"].items())
+        print(f"{side:14}{copied['bytes'] / 2**20:13.1f}{copied['live_bytes'] / 2**20:12.1f}  {parts}")
+    print(f"CortexStream copies {found['ratio']:.1%} of what mlx-lm copies ({found['ratio_to_live']:.1%} of its live "
+          "part); the aim is 5%")  # fmt: skip
+    print(f"greedy tokens: {found['with_equal_tokens']} of {about['requests']} requests are the same on both sides")

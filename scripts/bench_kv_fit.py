@@ -1,18 +1,18 @@
 """Table 4 of bench_kv.py: how many sequences a full arena serves at once, by placement and policy.
 
-One queue that never empties, the same for every row: prompts 16 to 4,000 and outputs 16 to 1,000 tokens, log-uniform, in an
-arena of 131,072 tokens; each may ask for 1,000 tokens of output, and nobody knows before when it will end. Every step
-adds one token to each running sequence. Admission is in order of arrival, a prompt at once. When a sequence cannot grow,
-the youngest is preempted, goes back to the head of the queue, and nobody is admitted until another has finished: the
-engine's rules, without its limits on slots and on tokens per step. Only `KVArena` works here, nothing is computed. Prefix
-caching is off, so all memory is for sequences.
+One queue that never empties, the same for every row: prompts 16 to 4,000 and outputs 16 to 1,000 tokens, log-uniform,
+in an arena of 131,072 tokens; each may ask for 1,000 tokens of output, and nobody knows before when it will end.
+Every step adds one token to each running sequence. Admission is in order of arrival, a prompt at once. When a
+sequence cannot grow, the youngest is preempted, goes back to the head of the queue, and nobody is admitted until
+another has finished: the engine's rules, without its limits on slots and on tokens per step. Only `KVArena` works
+here, nothing is computed. Prefix caching is off, so all memory is for sequences.
 
-`run` and `paged` are the arena's placements. `no compaction` is `run` that takes only what a hole offers: a sequence is
-admitted if `largest_free_run` holds its need, and grows if the blocks behind it are free or a hole holds its next
+`run` and `paged` are the arena's placements. `no compaction` is `run` that takes only what a hole offers: a sequence
+is admitted if `largest_free_run` holds its need, and grows if the blocks behind it are free or a hole holds its next
 capacity class. `reserved` is `run` with room for 1,000 tokens of output from the start, so nothing ever grows.
 
-The first quarter of the steps fills the arena and is not counted. Placement and growth depend on nothing but the seed, so
-the figures are the same on every machine.
+The first quarter of the steps fills the arena and is not counted. Placement and growth depend on nothing but the
+seed, so the figures are the same on every machine.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Simulation:
         return True
 
     def _finds_hole(self, handle: KVHandle) -> bool:
-        """Can it grow without a move of anybody else? To its capacity class, or to what it needs if there is no more."""
+        """Can it grow as far as the arena would let it, while all others stay where they are?"""
         have, stats = len(handle.blocks), self.arena.stats()
         size = self.arena.need_blocks(handle.position + 1, handle.limit_blocks * BLOCK_TOKENS)
         if size - have > stats.free_blocks:
@@ -170,6 +170,8 @@ def simulate(layout: str, policy: Literal["first_fit", "buddy"], num_blocks: int
         running += len(simulation.running)
         live += simulation.live_tokens
     simulation.arena.check()
+    if simulation.arena.stats().used_tokens != simulation.live_tokens:
+        raise SystemExit(f"{layout}: the arena holds other tokens than those of the sequences that run")
     done = Count(*[now - then for now, then in zip(simulation.count(), before, strict=True)])
     return {
         "layout": layout, "policy": policy, "num_blocks": num_blocks, "steps": counted,
@@ -182,3 +184,11 @@ def simulate(layout: str, policy: Literal["first_fit", "buddy"], num_blocks: int
 def measure(quick: bool) -> list[dict[str, Any]]:
     num_blocks, steps = (1024, 200) if quick else (8192, 2000)
     return [simulate(layout, policy, num_blocks, steps) for layout in LAYOUTS for policy in POLICIES]
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    print(f"{'placement':20}{'policy':11}{'running':>9}{'live':>7}{'preempted':>11}{'copied':>9}{'recomputed':>12}"
+          "   (tokens per output token)")  # fmt: skip
+    for row in rows:
+        print(f"{row['layout']:20}{row['policy']:11}{row['running']:9.1f}{row['live_share']:7.1%}{row['preemptions']:11,}"
+              f"{row['copied_per_output_token']:9.2f}{row['recomputed_per_output_token']:12.2f}")  # fmt: skip

@@ -1,12 +1,12 @@
 """Table 3 of bench_kv.py: what prefix reuse saves on conversations.
 
-Eight users talk to the embedded model for six turns each, all at once, greedy. They share a system prompt of about 400
-tokens. The prompt of a turn is all that was said before and 16 to 48 new tokens of the user; the answer has 16 to 32. A
-user's next turn arrives when the answer is there. Texts are random tokens, shortened where the context is too small. Each
-row is a new engine, with prefix caching or without; both must give the same answers.
+Eight users talk to the embedded model for six turns each, all at once, greedy. They share a system prompt of about
+400 tokens. The prompt of a turn is all that was said before and 16 to 48 new tokens of the user; the answer has 16 to
+32. A user's next turn arrives when the answer is there. Texts are random tokens, shortened where the context is too
+small. Each row is a new engine, with prefix caching or without; both must give the same answers.
 
-Time to first token is from the arrival to the first token that comes out, median over the turns, and over all but each
-user's first. It holds the waiting for others.
+Time to first token is from the arrival to the first token that comes out, median over the turns, and over all but
+each user's first. It holds the waiting for others.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def serve(
         "turns": turns, "system_tokens": len(trace.system), "longest_tokens": trace.longest,
         "prompt_tokens_computed": stats.prompt_tokens, "prompt_tokens_reused": stats.arena.reused_tokens,
         "copied_tokens": stats.arena.copied_tokens, "moved_tokens": stats.arena.moved_tokens,
-        "output_tokens": stats.output_tokens, "total_s": total_s,
+        "answers": len(first), "output_tokens": stats.output_tokens, "total_s": total_s,
         "first_token_s": statistics.median(s for _, s in first),
         "later_first_token_s": statistics.median([s for turn, s in first if turn] or [s for _, s in first]),
     }  # fmt: skip
@@ -142,3 +142,16 @@ def measure(quick: bool, backends: list[str]) -> list[dict[str, Any]]:
             on, same = serve(backend, layout, True, model, users, turns)
             rows += [row | {"equal_outputs": said == same} for row in (off, on)]
     return rows
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    print(f"{'backend':11}{'layout':8}{'reuse':7}{'computed':>10}{'reused':>9}{'copied':>9}{'moved':>9}"
+          f"{'first token, ms':>17}{'later turns, ms':>17}{'total, s':>10}")  # fmt: skip
+    for row in rows:
+        counts = [row[name] for name in ("prompt_tokens_reused", "copied_tokens", "moved_tokens")]
+        times = [1000 * row[name] for name in ("first_token_s", "later_first_token_s")]
+        print(f"{row['backend']:11}{row['layout']:8}{'on' if row['reuse'] else 'off':7}"
+              f"{row['prompt_tokens_computed']:10,}{counts[0]:9,}{counts[1]:9,}{counts[2]:9,}"
+              f"{times[0]:17.1f}{times[1]:17.1f}{row['total_s']:10.2f}")  # fmt: skip
+    same = all(row["equal_outputs"] for row in rows)
+    print("answers with and without reuse: " + ("the same" if same else "DIFFERENT"))

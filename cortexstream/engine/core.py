@@ -19,6 +19,8 @@ from cortexstream.swap import SwapPolicy
 
 log = logging.getLogger("cortexstream.engine")
 
+HEADROOM_TOKENS = 128  # of a run, while memory is plentiful: most answers then never outgrow their blocks
+
 Sink = Callable[[TokenEvent], bool]
 """Takes every event of one request, on the engine's thread, in order; the last has `finish`. Returning True ends the
 request at once with FinishReason.STOP, and no further event follows. A sink that raises fails its own request only."""
@@ -43,7 +45,7 @@ class EngineCore:
         self.kv_bytes = backend.allocate_kv(size.num_blocks, tuple(ring.num_blocks for ring in size.rings))
         self.arena = KVArena(
             size.num_blocks, backend.info.block_tokens, backend.info.kv_layout, policy=config.kv_policy,
-            rings=size.rings, prefix_caching=config.enable_prefix_caching,
+            rings=size.rings, prefix_caching=config.enable_prefix_caching, headroom_tokens=HEADROOM_TOKENS,
         )  # fmt: skip
         self.notes: tuple[str, ...] = ()
         if config.enable_prefix_caching and not self.arena.prefix_caching:

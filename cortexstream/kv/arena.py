@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from cortexstream.errors import ArenaError, ArenaFullError
-from cortexstream.kv.allocator import Allocator
-from cortexstream.kv.blocks import BlockAllocator
-from cortexstream.kv.buddy import BuddyAllocator
 from cortexstream.kv.handle import KVHandle
-from cortexstream.kv.page_cache import PageCache
+from cortexstream.kv.layout import lay_out
 from cortexstream.kv.page_pool import PagePool
-from cortexstream.kv.pool import Ledger, Pool
-from cortexstream.kv.run_cache import RunCache
-from cortexstream.kv.run_pool import RunPool
-from cortexstream.kv.snapshot import ArenaSnapshot, take_pools
+from cortexstream.kv.pool import Ledger
+from cortexstream.kv.snapshot import ArenaSnapshot, as_text, take_pools
 from cortexstream.kv.stats import ArenaStats, Ring
-from cortexstream.plan import KVRows, MemoryOp, SwapDrop, SwapIn, SwapOut, ring_tokens
+from cortexstream.plan import KVRows, MemoryOp, SwapDrop, SwapIn, SwapOut
 
 GROWTH = 1.25
 """Ratio of neighbouring capacity classes of a run. Measured on one trace (docs/log.md, "Capacity classes"): 8 % of a
 run is unused on average and an output token costs 5 copied ones; 1.5 wastes 12 % and costs 3, 1.125 5 % and 9."""
 
-POLICIES: dict[str, Callable[[int], Allocator]] = {"first_fit": BlockAllocator, "buddy": BuddyAllocator}
+SMALL_PART = 4  # headroom may take one in so many of the blocks that are free
 
 
 class KVArena:
@@ -38,7 +32,8 @@ class KVArena:
     with a sliding window keep the window alone, in a pool of their own per window.
 
     Copies are collected by `take_moves` and executed by the backend at the start of the next step; a handle's blocks
-    are already the new ones. `policy` "first_fit" takes the lowest hole, "buddy" aligned pieces.
+    are already the new ones. `policy` "first_fit" takes the lowest hole, "buddy" aligned pieces. A run gets room for
+    `headroom_tokens` more than it needs while that is a small part of what is free.
 
     Invariants, which `check` proves:
 
@@ -59,35 +54,18 @@ class KVArena:
         policy: Literal["first_fit", "buddy"] = "first_fit",
         rings: Sequence[Ring] = (),
         prefix_caching: bool = True,
+        headroom_tokens: int = 0,
     ) -> None:
-        if block_tokens <= 0:
-            raise ArenaError(f"block_tokens is {block_tokens}; must be at least 1")
-        if not 1.0 <= growth < math.inf:
-            raise ArenaError(f"growth is {growth}; must be at least 1, and finite")
-        if placement not in ("run", "paged") or policy not in POLICIES:
-            raise ArenaError(
-                f"placement {placement!r} with policy {policy!r}: use run or paged, {' or '.join(POLICIES)}"
-            )
+        if headroom_tokens < 0:
+            raise ArenaError(f"headroom_tokens is {headroom_tokens}; must be at least 0")
         self.block_tokens = block_tokens
         self.placement = placement
         self.rings = tuple(rings)
+        self._headroom_tokens = headroom_tokens if placement == "run" else 0
         self._ledger = Ledger(1 + len(self.rings))
-        allocator = POLICIES[policy]
-        pools: list[tuple[int, Allocator, int, int | None, Ledger]] = [
-            (0, allocator(num_blocks), block_tokens, None, self._ledger)
-        ]
-        for index, (window, blocks) in enumerate(self.rings, 1):
-            if window <= 0:
-                raise ArenaError(f"a ring's window is {window}; must be at least 1")
-            pools.append((index, allocator(blocks), block_tokens, ring_tokens(window, block_tokens), self._ledger))
-        self._pools: Sequence[Pool]
-        self._cache: RunCache | PageCache
-        if placement == "run":
-            self._pools = [RunPool(*pool, growth) for pool in pools]
-            self._cache = RunCache(self._pools, prefix_caching)
-        else:
-            pages = [PagePool(*pool) for pool in pools]
-            self._pools, self._cache = pages, PageCache(pages, prefix_caching)
+        self._pools, self._cache = lay_out(
+            num_blocks, block_tokens, placement, growth, policy, self.rings, prefix_caching, self._ledger
+        )
         self._full = self._pools[0]
         self._handles: set[KVHandle] = set()
         self._reused_tokens = 0
@@ -132,19 +110,25 @@ class KVArena:
         with self._lock:
             return self._missing(needs, tokens) is None
 
-    def admit(self, num_tokens: int, limit_tokens: int | None = None, tokens: Sequence[int] = ()) -> KVHandle:
+    def admit(
+        self, num_tokens: int, limit_tokens: int | None = None, tokens: Sequence[int] = (), spare_blocks: int = 0
+    ) -> KVHandle:
         """Claim room for a sequence of `num_tokens` (at least 1) that will never exceed `limit_tokens`.
 
         `tokens` are those of its first tokens that need not be computed if some other sequence has; `position` of the
-        handle then says how many were found. Raises ArenaFullError, changing nothing, if blocks are missing.
+        handle then says how many were found. `spare_blocks` must be left for the growth of those that run. Raises
+        ArenaFullError, changing nothing, if blocks are missing.
         """
         needs = self._needs(num_tokens, limit_tokens, tokens)
+        if spare_blocks < 0:
+            raise ArenaError(f"spare_blocks is {spare_blocks}; must be at least 0")
         with self._lock:
-            missing = self._missing(needs, tokens)
+            missing = self._missing(needs, tokens, spare_blocks)
             if missing is not None:
                 raise ArenaFullError(f"{num_tokens} tokens need {missing}")
             handle = self._new_handle(self.num_blocks if limit_tokens is None else self._full.blocks_for(limit_tokens))
-            self._cache.admit(handle, needs, tokens)
+            wanted = [self._roomy(i, 0, need, num_tokens, limit_tokens) for i, need in enumerate(needs)]
+            self._cache.admit(handle, needs, tokens, wanted)
             self._reused_tokens += handle.position
             self._place()
             return handle
@@ -198,9 +182,7 @@ class KVArena:
             if isinstance(self._full, PagePool):
                 self._full.separate(handle, shared)
             handle.shares = False
-            for pool, target in zip(self._pools, targets, strict=True):
-                if target > len(pool.claims[handle]):
-                    pool.resize(handle, target)
+            self._cache.resize(handle, targets)
             self._place()
 
     def publish(self, handle: KVHandle, tokens: Sequence[int]) -> None:
@@ -310,18 +292,7 @@ class KVArena:
     def describe(self) -> str:
         """Configuration, state and block map as text, for people."""
         with self._lock:
-            stats, sequences = self.stats(), self.owners()
-            rings = [
-                f"rings of {pool.ring_tokens} tokens: {pool.num_blocks - pool.num_free} of {pool.num_blocks} blocks"
-                for pool in self._pools[1:]
-            ]
-            return "\n".join([
-                f"configuration: {self.num_blocks} blocks of {self.block_tokens} tokens, placement {self.placement}",
-                f"state: {stats.used_blocks} used, {stats.free_blocks} free, fragmentation {stats.fragmentation:.2f}",
-                *rings, f"sequences: {len(sequences)}",
-                *(f"  {h.position}/{h.capacity_tokens} tokens, blocks [{b[0] if b else '-'}, +{len(b)}]" for h, b in sequences),
-                "blocks ('X' used, 'o' kept for reuse, '.' free):", self.block_map(),
-            ])  # fmt: skip
+            return as_text(self.snapshot(), self.block_map())
 
     def snapshot(self) -> ArenaSnapshot:
         """Who holds which blocks of every pool now, and `stats`, as one value."""
@@ -354,13 +325,16 @@ class KVArena:
             raise ArenaError(f"{len(tokens)} tokens may be reused of a sequence of num_tokens, {num_tokens}")
         return [pool.need(num_tokens, limit_tokens) for pool in self._pools]
 
-    def _missing(self, needs: Sequence[int], tokens: Sequence[int] = ()) -> str | None:
-        """None if so many blocks can be had, else what is missing, in words."""
+    def _missing(self, needs: Sequence[int], tokens: Sequence[int] = (), spare_blocks: int = 0) -> str | None:
+        """None if so many blocks can be had, and of the first pool as many be left, else what is missing, in words."""
         for index, blocks in enumerate(self._cache.new_blocks(needs, tokens)):
             pool = self._pools[index]
             free = pool.num_free + self._cache.idle_blocks(index)
-            if blocks > free:
-                of = "" if pool.ring_tokens is None else f" of the ring of {pool.ring_tokens} tokens"
+            spare = 0 if index else spare_blocks  # a ring that is whole never grows
+            if blocks + spare > free:
+                of = f", and {spare} to spare" if spare else ""
+                if pool.ring_tokens is not None:
+                    of = f" of the ring of {pool.ring_tokens} tokens"
                 return f"{blocks} blocks of {self.block_tokens}{of}; {free} of {pool.num_blocks} are free"
         return None
 
@@ -373,7 +347,17 @@ class KVArena:
         target = max(pool.need(num_tokens, handle.limit_blocks * self.block_tokens), have)
         if target - have > pool.num_free + self._cache.idle_blocks(index):
             return max(pool.blocks_for(num_tokens), have)  # better a tight fit than a preemption
-        return target
+        return self._roomy(index, have, target, num_tokens, handle.limit_blocks * self.block_tokens)
+
+    def _roomy(self, index: int, have: int, target: int, num_tokens: int, limit_tokens: int | None) -> int:
+        """`target` blocks, or those for `headroom_tokens` more tokens if that takes a small part of what is free: a run
+        that does not outgrow its blocks is never copied."""
+        if not self._headroom_tokens:
+            return target
+        pool, roomy = self._pools[index], num_tokens + self._headroom_tokens
+        blocks = pool.need(roomy if limit_tokens is None else min(roomy, limit_tokens), limit_tokens)
+        free = pool.num_free + self._cache.idle_blocks(index)
+        return max(target, blocks) if SMALL_PART * (blocks - have) <= free else target
 
     def _new_handle(self, limit_blocks: int) -> KVHandle:
         handle = KVHandle(self.block_tokens, limit_blocks)

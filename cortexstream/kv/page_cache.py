@@ -42,8 +42,9 @@ class PageCache:
         shared = sum(self._pool.references[block] > 0 for block in self._match(tokens)[: needs[0]])
         return [needs[0] - shared, *needs[1:]]
 
-    def admit(self, handle: KVHandle, needs: Sequence[int], tokens: Sequence[int]) -> None:
-        """Give `handle` `needs` blocks, with as many of `tokens` as can be had. The blocks are there: see `fits`."""
+    def admit(self, handle: KVHandle, needs: Sequence[int], tokens: Sequence[int], wanted: Sequence[int]) -> None:
+        """Give `handle` `needs` blocks, with as many of `tokens` as can be had; pages are never given beforehand, so
+        `wanted` is the same. The blocks are there."""
         blocks = self._match(tokens) if self.enabled else []
         length = len(blocks) * self._tree.chunk_tokens
         source, common = self._match_end(blocks, tokens[length : length + self._tree.chunk_tokens])
@@ -69,6 +70,11 @@ class PageCache:
         handle.published_tokens = source.published_tokens
         source.shared_tokens = handle.shared_tokens = source.position
         source.shares = handle.shares = source.position % self._pool.block_tokens > 0
+
+    def resize(self, handle: KVHandle, sizes: Sequence[int]) -> None:
+        """Change a handle's blocks, which `make_room` made sure of."""
+        for pool, size in zip(self.pools, sizes, strict=True):
+            pool.resize(handle, size)
 
     def make_room(self, needs: Sequence[int]) -> None:
         """Give up idle blocks until every pool has `needs` free ones."""

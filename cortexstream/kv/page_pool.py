@@ -75,8 +75,7 @@ class PagePool(Pool):
         self.assign(handle, (*blocks[:index], block, *blocks[index + 1 :]))
 
     def copy(self, source: KVHandle, target: KVHandle, num_tokens: int) -> None:
-        slots = num_tokens if self.ring_tokens is None else self.slots(source.written)
-        self._copy(self.claims[source], self.claims[target], slots)
+        self._copy(self.claims[source], self.claims[target], self.slots(num_tokens))
 
     def copy_block(self, source: int, target: int, num_tokens: int) -> None:
         """Plan to copy the first `num_tokens` slots of one block."""

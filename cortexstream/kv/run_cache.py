@@ -11,6 +11,7 @@ from cortexstream.kv.pool import Pool
 from cortexstream.kv.prefix import Node, PrefixTree
 
 SCAN = 8  # holders of one node that are looked at: the newest
+GIVE_UP = 4  # times the blocks that are needed: so many idle ones go for a hole before others are moved together
 
 
 class Entry:
@@ -48,28 +49,36 @@ class RunCache:
         """What a sequence takes out of the free and idle blocks: all of `needs`, since runs are never shared."""
         return needs
 
-    def admit(self, handle: KVHandle, needs: Sequence[int], tokens: Sequence[int]) -> None:
-        """Give `handle` `needs` blocks, with as many of `tokens` as can be had. The blocks are there: see `fits`."""
+    def admit(self, handle: KVHandle, needs: Sequence[int], tokens: Sequence[int], wanted: Sequence[int]) -> None:
+        """Give `handle` `wanted` blocks, with as many of `tokens` as can be had; a run that is taken over and has
+        `needs` stays as it is. The blocks are there."""
         entry, length = self._match(tokens)
         if entry is not None:
             idle = entry in self.idle
-            if idle and (len(entry.tokens) - length <= self._tree.chunk_tokens or not self._fits(needs, entry)):
-                self._take_over(entry, handle, needs, length)
+            if idle and (len(entry.tokens) - length <= self._tree.chunk_tokens or not self._fits(wanted, entry)):
+                self._take_over(entry, handle, needs, wanted, length)
                 return
             if idle:
                 self.idle.move_to_end(entry)
-        self.make_room(needs, keep=entry)
-        for pool, need in zip(self.pools, needs, strict=True):
-            pool.claim(handle, need)
+        self.make_room(wanted, keep=entry)
+        self._claim(handle, wanted, keep=entry)
         if entry is not None:
             self._copy(entry.handle, handle, length)
 
     def fork(self, source: KVHandle, handle: KVHandle, needs: Sequence[int]) -> None:
         """Give `handle` a copy of what `source` has written."""
         self.make_room(needs)
-        for pool, need in zip(self.pools, needs, strict=True):
-            pool.claim(handle, need)
+        self._claim(handle, needs)
         self._copy(source, handle, source.position)
+
+    def resize(self, handle: KVHandle, sizes: Sequence[int]) -> None:
+        """Change a handle's blocks, which `make_room` made sure of."""
+        for pool, size in zip(self.pools, sizes, strict=True):
+            blocks = pool.claims[handle]
+            extra = size - len(blocks)
+            if extra > 0 and pool.allocator.free_after(blocks[-1] + 1) < extra:
+                self._make_hole(pool, size)
+            pool.resize(handle, size)
 
     def make_room(self, needs: Sequence[int], keep: Entry | None = None) -> None:
         """Give up idle runs, but not `keep`, until every pool has `needs` free blocks."""
@@ -185,17 +194,35 @@ class RunCache:
             for i, (pool, need) in enumerate(zip(self.pools, needs, strict=True))
         )
 
-    def _take_over(self, entry: Entry, handle: KVHandle, needs: Sequence[int], length: int) -> None:
+    def _take_over(
+        self, entry: Entry, handle: KVHandle, needs: Sequence[int], wanted: Sequence[int], length: int
+    ) -> None:
         self._leave_idle(entry)
         self._withdraw(entry.handle)
-        have = []
-        for pool in self.pools:
+        sizes, extras = [], []
+        for pool, need, want in zip(self.pools, needs, wanted, strict=True):
             pool.transfer(entry.handle, handle)
-            have.append(len(pool.claims[handle]))
+            have = len(pool.claims[handle])
+            sizes.append(have if need <= have <= want else want)
+            extras.append(max(0, sizes[-1] - have))
         self._start(handle, entry.handle, length)
-        self.make_room([max(0, need - blocks) for need, blocks in zip(needs, have, strict=True)])
+        self.make_room(extras)
+        self.resize(handle, sizes)
+
+    def _claim(self, handle: KVHandle, needs: Sequence[int], keep: Entry | None = None) -> None:
         for pool, need in zip(self.pools, needs, strict=True):
-            pool.resize(handle, need)
+            self._make_hole(pool, need, keep)
+            pool.claim(handle, need)
+
+    def _make_hole(self, pool: Pool, size: int, keep: Entry | None = None) -> None:
+        """Give up idle runs for a hole of `size` blocks. Once they fill the arena nothing is adjacent any more, and
+        every admission and growth would move half of it; what is given up here is the oldest, and not much of it."""
+        enough = pool.num_free + GIVE_UP * size
+        while pool.allocator.largest_free_run < size and pool.num_free < enough:
+            entry = next((e for e in self.idle if e is not keep), None)
+            if entry is None:
+                return
+            self._give_up(entry)
 
     def _copy(self, source: KVHandle, handle: KVHandle, length: int) -> None:
         for pool in self.pools:

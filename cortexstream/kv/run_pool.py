@@ -57,9 +57,7 @@ class RunPool(Pool):
 
     def copy(self, source: KVHandle, target: KVHandle, num_tokens: int) -> None:
         old, new = self._run(source), self._run(target)
-        # All that a ring holds: its oldest slots may lie anywhere in it.
-        slots = num_tokens if self.ring_tokens is None else self.slots(source.written)
-        slots = min(slots, min(old.size, new.size) * self.block_tokens)
+        slots = self.slots(num_tokens)
         if slots:
             self.ledger.copy(Move(old.start, old.size, new.start, new.size, slots, self.index))
 
@@ -122,8 +120,7 @@ class RunPool(Pool):
 
     def _move(self, handle: KVHandle, old: Run, new: Run) -> None:
         self.assign(handle, _blocks(new))
-        slots = self.slots(handle.written if self.ring_tokens is not None else handle.position)
-        slots = min(slots, min(old.size, new.size) * self.block_tokens)  # what a smaller run cannot hold nobody reads
+        slots = self.slots(handle.position)
         if slots:
             self.ledger.move(Move(old.start, old.size, new.start, new.size, slots, self.index))
 

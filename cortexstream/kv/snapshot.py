@@ -57,3 +57,23 @@ def take_pools(
         ]
         taken.append(PoolSnapshot(pool.num_blocks, pool.ring_tokens, tuple(owners), tuple(sorted(kept))))
     return tuple(taken)
+
+
+def as_text(snapshot: ArenaSnapshot, block_map: str) -> str:
+    """Configuration, state, sequences and block map, a line each."""
+    stats, tokens = snapshot.stats, snapshot.block_tokens
+    full, *rings = snapshot.pools
+    lines = [
+        f"configuration: {full.num_blocks} blocks of {tokens} tokens, placement {snapshot.placement}",
+        f"state: {stats.used_blocks} used, {stats.free_blocks} free, fragmentation {stats.fragmentation:.2f}",
+    ]
+    for ring in rings:
+        taken = len({block for owner in ring.owners for block in owner.blocks} | {*ring.cached})
+        lines.append(f"rings of {ring.ring_tokens} tokens: {taken} of {ring.num_blocks} blocks")
+    lines.append(f"sequences: {len(full.owners)}")
+    for owner in full.owners:
+        first = owner.blocks[0] if owner.blocks else "-"
+        lines.append(
+            f"  {owner.filled_tokens}/{len(owner.blocks) * tokens} tokens, blocks [{first}, +{len(owner.blocks)}]"
+        )
+    return "\n".join([*lines, "blocks ('X' used, 'o' kept for reuse, '.' free):", block_map])

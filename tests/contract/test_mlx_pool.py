@@ -127,6 +127,21 @@ def test_f39_a_ring_moves_without_the_rest() -> None:
     assert pool.shapes[1].slots == 32, "a window of 20 is rounded up to whole blocks"
 
 
+@pytest.mark.parametrize(("window", "slots"), [(1, 1), (1, 4), (5, 8), (8, 8), (9, 12)])
+def test_f39_what_a_ring_shows(window: int, slots: int) -> None:
+    """Against the tokens themselves, written one by one; the view holds nothing that is not seen until it must."""
+    from cortexstream.backends.mlx.pool import PoolShape
+
+    shape, held = PoolShape(1, window, slots), [-1] * slots
+    for position in range(4 * slots):
+        held[position % slots] = position
+        seen = range(max(0, position + 1 - window), position + 1)
+        visible = shape.visible(np.array([position]), np.arange(slots))
+        assert sorted(np.array(held)[visible]) == list(seen)
+        first, end = shape.in_view(position)
+        assert (first, end) == ((seen[0], position + 1) if position < slots else (0, slots))
+
+
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_f26_f89_writes_are_in_place(bits: int | None) -> None:
     """One token at a time into arrays of megabytes: nothing of their size is ever allocated, and nothing moves."""
@@ -175,14 +190,14 @@ def test_f39_warm_up_with_rings(block_tokens: int, kv_dtype: Any, tmp_path: Path
 
     folder = write_model(tmp_path, "gpt_oss", WINDOWED["gpt_oss"])
     backend = module.create(BackendOptions(str(folder), block_tokens=block_tokens, kv_dtype=kv_dtype))
-    backend.allocate_kv(-(-100 // block_tokens), (-(-60 // block_tokens),))
+    backend.allocate_kv(-(-200 // block_tokens), (-(-60 // block_tokens),))
     before = backend.memory_addresses()
     names = [name for name, _ in backend.warmup(90, 4).steps]
     rows = min(4, -(-60 // block_tokens))
     assert names == ["prefill of 90 tokens", *(f"decode step of {n} rows" for n in (1, 2, 4) if n <= rows)]
     assert backend.memory_addresses() == before and backend.info.notes == ()
     with pytest.raises(EngineError, match="do not fit"):
-        backend.warmup(200, 1)
+        backend.warmup(300, 1)
     backend.close()
     backend.close()
 

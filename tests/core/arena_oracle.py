@@ -93,11 +93,12 @@ class ArenaOracle:
         ]
         return max(whole, default=0), most
 
-    def can_admit(self, num_tokens: int, limit: int | None, tokens: Tokens) -> bool:
+    def can_admit(self, num_tokens: int, limit: int | None, tokens: Tokens, spare: int = 0) -> bool:
         needs = [self.need(pool, num_tokens, limit) for pool in range(len(self.sizes))]
         held = self.in_use(0)
         if self.caching and self.paged:
             needs[0] -= sum(block in held for block in self.chain(tokens))
+        needs[0] += spare
         return all(need <= self.available(pool) for pool, need in enumerate(needs))
 
     def can_grow(self, handle: KVHandle, num_tokens: int) -> bool:

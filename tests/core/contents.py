@@ -137,10 +137,12 @@ class World:
     def __init__(
         self, num_blocks: int, block_tokens: int = 4, placement: Literal["run", "paged"] = "run", growth: float = 1.0,
         *, policy: Policy = "first_fit", rings: Sequence[Ring] = (), prefix_caching: bool = True,
+        headroom_tokens: int = 0,
     ) -> None:  # fmt: skip
         self.arena = KVArena(
-            num_blocks, block_tokens, placement, growth, policy=policy, rings=rings, prefix_caching=prefix_caching
-        )
+            num_blocks, block_tokens, placement, growth, policy=policy, rings=rings, prefix_caching=prefix_caching,
+            headroom_tokens=headroom_tokens,
+        )  # fmt: skip
         self.windows = [ring.window for ring in rings]
         blocks = [num_blocks, *(ring.num_blocks for ring in rings)]
         self.device = Device(blocks, block_tokens, self.windows, placement == "run")
@@ -151,12 +153,12 @@ class World:
         self._fresh: set[KVHandle] = set()  # begun by others, and nothing written since
 
     def admit(
-        self, tokens: Sequence[int], room: int = 0, limit: int | None = None, reuse: int | None = None
+        self, tokens: Sequence[int], room: int = 0, limit: int | None = None, reuse: int | None = None, spare: int = 0
     ) -> KVHandle:
-        """Begin a sequence that will write `tokens` and `room` more. The first `reuse` may be found: all but the last,
-        if nothing else is said."""
+        """Begin a sequence that will write `tokens` and `room` more, and leave `spare` blocks. The first `reuse` may be
+        found: all but the last, if nothing else is said."""
         reusable = tuple(tokens[: len(tokens) - 1 if reuse is None else reuse])
-        handle = self.arena.admit(len(tokens) + room, limit, reusable)
+        handle = self.arena.admit(len(tokens) + room, limit, reusable, spare)
         assert handle.position <= len(reusable) and handle.capacity_tokens >= len(tokens) + room
         self.texts[handle] = Text(tokens[: handle.position])
         if handle.position:

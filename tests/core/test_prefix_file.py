@@ -131,12 +131,10 @@ def test_refused_prefixes_leave_nothing_behind(tmp_path: Path) -> None:
 
 def test_a_full_arena_and_taken_slots_are_said(tmp_path: Path) -> None:
     with null(max_num_seqs=1, max_model_len=250) as llm:
-        running = llm.submit([1] * 100, SamplingParams(temperature=0, max_tokens=140, ignore_eos=True))
-        while not llm.stats().num_running:
-            pass
+        slot = llm._engine.call(lambda core: core.scheduler.borrow_slot())
         with pytest.raises(EngineError, match="all 1 sequences are in use"):
             llm.save_prefix({"prompt_token_ids": PROMPT}, tmp_path / "p")
-        running.cancel()
+        llm._engine.call(lambda core: core.scheduler.return_slot(slot))
     with null(max_model_len=250) as llm:
         llm.save_prefix({"prompt_token_ids": PROMPT}, tmp_path / "p")
         running = llm.submit([1] * 240, SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))

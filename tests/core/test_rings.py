@@ -72,6 +72,21 @@ def test_f19_a_ring_that_is_too_small_limits_every_sequence(placement: Placement
     assert World(64, 4, placement, rings=[Ring(8, 2)]).arena.capacity_tokens == 256
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_f21_the_smallest_pool_says_how_far_a_sequence_gets(placement: Placement) -> None:
+    """Of the full layers a run gets the next class, 8 blocks; of the ring there are only the 5 that it needs."""
+    world = World(64, 4, placement, growth=2.0, rings=[Ring(100, 5)])
+    handle = world.begin(text(0, 17))
+    assert len(handle.blocks) == (8 if placement == "run" else 5) and ring_blocks(handle) == [5]
+    assert handle.capacity_tokens == 20
+    world.write(handle, text(17, 3))
+    with pytest.raises(ArenaError, match="position 21 exceeds the capacity of 20 tokens"):
+        handle.advance()
+    with pytest.raises(ArenaFullError, match="needs 1 blocks of 4 of the ring of 100 tokens; 0 of 5 are free"):
+        world.arena.grow(handle, 21)
+    world.end()
+
+
 def test_rings_that_cannot_be_are_refused() -> None:
     for window in (0, -3):
         with pytest.raises(ArenaError, match=f"a ring's window is {window}; must be at least 1"):

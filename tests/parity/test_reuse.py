@@ -27,7 +27,7 @@ def open_llm(name: str, **options: Any) -> LLM:
         require("transformers")
         options = {"block_tokens": 16, "backend_options": {"device": "cpu"}, **options}
     backend, _, layout = name.partition("-")
-    return LLM(backend=backend, **({"kv_layout": layout} if layout else {}), **{"num_kv_blocks": 400, **options})
+    return LLM(backend=backend, **{"num_kv_blocks": 400, "kv_layout": layout or None, **options})
 
 
 def said(outputs: list[RequestOutput]) -> list[tuple[int, ...]]:
