@@ -260,7 +260,12 @@ class CudaBackend:
         return tokens, drawn.broken[index] & waits
 
     def _draw(
-        self, step: int, rows: tuple[PlanRow, ...], places: list[int | None], logits: torch.Tensor, carried: torch.Tensor
+        self,
+        step: int,
+        rows: tuple[PlanRow, ...],
+        places: list[int | None],
+        logits: torch.Tensor,
+        carried: torch.Tensor,
     ) -> CudaTicket:
         specs = [row.sample for row in rows if row.sample is not None]
         last = self._drawn

@@ -41,6 +41,7 @@ def load(folder: Path, dtype: str, device: torch.device) -> LoadedModel:
     check_weights(folder)
     _refuse_layers(config, name)
     register()
+    transformers.logging.disable_progress_bar()  # we show our own
     try:
         settings = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
         settings.use_cache = False
@@ -97,9 +98,7 @@ def _refuse_layers(config: dict[str, Any], name: str) -> None:
             raise ModelLoadError(f"{name}: a layer of this model {REFUSED_LAYERS[kind]}, which is not supported")
 
 
-def _probe(
-    model: Any, seat: Seat, settings: Any, device: torch.device, name: str
-) -> tuple[tuple[LayerKV, ...], int]:
+def _probe(model: Any, seat: Seat, settings: Any, device: torch.device, name: str) -> tuple[tuple[LayerKV, ...], int]:
     """Learn the KV geometry by running one token with an attention that only looks."""
     seen: dict[int, LayerKV] = {}
 
@@ -118,7 +117,9 @@ def _probe(
     except ModelLoadError:
         raise
     except Exception as error:
-        raise ModelLoadError(f"{name}: this {settings.model_type} model cannot run one token: {short(error)}") from error
+        raise ModelLoadError(
+            f"{name}: this {settings.model_type} model cannot run one token: {short(error)}"
+        ) from error
     finally:
         seat.attend = None
     layers = getattr(settings.get_text_config(), "num_hidden_layers", len(seen))
@@ -136,9 +137,7 @@ def forward(
     """Logits [rows, vocabulary] after the tokens with the indices `wanted` (the last, if None), of a flat step: tokens
     [T] and positions [T] of any number of rows, which only attention tells apart."""
     keep: Any = 1 if wanted is None else wanted
-    out = model(
-        input_ids=tokens[None], position_ids=positions.long()[None], use_cache=False, logits_to_keep=keep
-    )
+    out = model(input_ids=tokens[None], position_ids=positions.long()[None], use_cache=False, logits_to_keep=keep)
     logits: torch.Tensor = out.logits[0]
     return logits
 

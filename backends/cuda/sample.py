@@ -31,9 +31,7 @@ def sample(
     return drawn if all(hot) else torch.where(torch.tensor(hot, device=z.device), drawn, greedy)
 
 
-def noise(
-    specs: Sequence[SampleSpec], positions: Sequence[int], vocab_size: int, device: torch.device
-) -> torch.Tensor:
+def noise(specs: Sequence[SampleSpec], positions: Sequence[int], vocab_size: int, device: torch.device) -> torch.Tensor:
     """Gumbel noise float32 [rows, vocabulary]; bit for bit the words of `cortexstream.sampling.noise`."""
 
     def words(values: Sequence[int]) -> torch.Tensor:
@@ -74,9 +72,7 @@ def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
 
 
-def _penalise(
-    z: torch.Tensor, specs: Sequence[SampleSpec], pending: Sequence[torch.Tensor | None]
-) -> torch.Tensor:
+def _penalise(z: torch.Tensor, specs: Sequence[SampleSpec], pending: Sequence[torch.Tensor | None]) -> torch.Tensor:
     if not any(spec.penalised for spec in specs):
         return z
     histories = [_history(spec, last, z) for spec, last in zip(specs, pending, strict=True)]

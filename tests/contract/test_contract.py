@@ -19,7 +19,14 @@ from tests.conftest import require
 BLOCK = 16
 NUM_BLOCKS = 24
 GREEDY = SampleSpec()
-CASES = [("null", "run"), ("null", "paged"), ("reference", "run"), ("reference", "paged"), ("mlx", "run"), ("cuda", "paged")]
+CASES = [
+    ("null", "run"),
+    ("null", "paged"),
+    ("reference", "run"),
+    ("reference", "paged"),
+    ("mlx", "run"),
+    ("cuda", "paged"),
+]
 
 
 @pytest.fixture(params=CASES, ids=["-".join(case) for case in CASES])

@@ -139,7 +139,9 @@ def test_half_precision_folders_run(dtype: str, tmp_path: Path) -> None:
     params = SamplingParams(temperature=0, max_tokens=4, logprobs=5, ignore_eos=True)
     found = {}
     for asked in ("auto", dtype):
-        with LLM(folder, backend="cuda", dtype=asked, skip_tokenizer_init=True, backend_options={"device": "cpu"}) as llm:
+        with LLM(
+            folder, backend="cuda", dtype=asked, skip_tokenizer_init=True, backend_options={"device": "cpu"}
+        ) as llm:
             assert llm.info.dtype == ("float32" if asked == "auto" else dtype)
             assert llm.model.kv_item_bytes == (4 if asked == "auto" else 2)
             found[asked] = llm.generate(prompt, params, use_tqdm=False)[0].outputs[0]

@@ -79,7 +79,10 @@ def test_f91_preempted_requests_end_as_if_they_were_alone(name: str, mode: str) 
     assert together == alone
 
 
-@pytest.mark.parametrize(("writer", "reader"), [("mlx", "reference"), ("reference-run", "mlx"), ("mlx", "mlx"), ("mlx", "cuda"), ("cuda", "mlx")])
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [("mlx", "reference"), ("reference-run", "mlx"), ("mlx", "mlx"), ("mlx", "cuda"), ("cuda", "mlx")],
+)
 def test_a_prefix_saved_by_one_backend_serves_the_other(tmp_path: Path, writer: str, reader: str) -> None:
     path = tmp_path / "system.safetensors"
     with open_llm(writer) as llm:
