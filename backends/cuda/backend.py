@@ -1,4 +1,4 @@
-"""Plans in, tokens out, through transformers' models: one flat forward pass per step, chunks and decoding rows together.
+"""Plans in, tokens out, through transformers' models: one flat forward pass per step, for chunks and decoding rows.
 
 On a GPU a step is queued and `submit` returns; tokens come to the host through pinned memory, and `collect` waits for
 them alone. On a CPU `submit` computes.
@@ -7,10 +7,10 @@ them alone. On a CPU `submit` computes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,15 @@ from cortexstream.plan import PENDING, KVRows, PlanRow, RowResult, SampleSpec, S
 BLOCK_TOKENS = 64  # a page is one tile of the attention kernels
 MAX_IN_FLIGHT = 2
 BROKEN = "no token can be drawn: the logits hold NaN or +inf, or every token is banned; the model may be broken"
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def inference(method: F) -> F:
+    """`torch.inference_mode`, with types."""
+    wrapped: F = torch.inference_mode()(method)
+    return wrapped
 
 
 class Drawn(NamedTuple):
@@ -99,7 +108,7 @@ class CudaBackend:
         )  # fmt: skip
         return self._memory.nbytes
 
-    @torch.inference_mode()
+    @inference
     def submit(self, plan: StepPlan) -> CudaTicket:
         """Run or queue the plan. Raises EngineError, before anything is written, for one that breaks the contract."""
         memory = self._ready()
@@ -140,17 +149,17 @@ class CudaBackend:
         if self._memory is not None:
             self._memory.forget()
 
-    @torch.inference_mode()
+    @inference
     def read_kv(self, kv: KVRows, num_tokens: int) -> list[LayerState]:
         """Copies. Raises EngineError when the blocks do not hold so many tokens."""
         return self._ready().read(kv, num_tokens)
 
-    @torch.inference_mode()
+    @inference
     def write_kv(self, kv: KVRows, num_tokens: int, layers: list[LayerState]) -> None:
         """Raises EngineError, before anything is written, for arrays or blocks that do not fit."""
         self._ready().write(kv, num_tokens, layers)
 
-    @torch.inference_mode()
+    @inference
     def warmup(self, prompt_tokens: int, batch: int) -> WarmupReport:
         """Run a prefill of `prompt_tokens` and one decode step of `batch` rows; overwrites blocks from 0 on."""
         memory = self._ready()

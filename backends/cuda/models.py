@@ -72,7 +72,7 @@ def _build(folder: Path, config: dict[str, Any], settings: Any, kind: torch.dtyp
         if config.get("quantization_config"):
             method = config["quantization_config"].get("quant_method", "unknown")
             raise ModelLoadError(
-                f"{folder.name}: is quantised by {method!r}; use the original weights, or a folder that mlx-lm quantised"
+                f"{folder.name}: is quantised by {method!r}; use the original weights, or what mlx-lm quantised"
             )
         return transformers.AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=kind, local_files_only=True, attn_implementation="eager"

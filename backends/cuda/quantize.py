@@ -11,7 +11,7 @@ from cortexstream.kernels.reference.kv_quantize import SMALLEST_SCALE
 
 
 class Quantized(NamedTuple):
-    """`packed` int32 [..., D * bits / 32] (the bits of the definition's uint32); `scales`, `biases` [..., D / group]."""
+    """`packed` int32 [..., D * bits / 32], the bits of the definition's uint32; `scales`, `biases` [..., D / group]."""
 
     packed: torch.Tensor
     scales: torch.Tensor

@@ -1,1 +1,1 @@
-"""The definitions of kernels/reference in torch, for any device: what runs where Triton does not, and what judges it."""
+"""The definitions of kernels/reference in torch, for any device: what runs where Triton does not."""

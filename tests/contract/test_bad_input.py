@@ -24,11 +24,14 @@ from tests.conftest import require
 GREEDY = SamplingParams(temperature=0, max_tokens=3)
 
 
-@pytest.fixture(scope="module", params=["reference", "mlx", "null"])
+@pytest.fixture(scope="module", params=["reference", "mlx", "cuda", "null"])
 def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
     if request.param == "mlx":
         require("mlx")
         require("mlx_lm")
+    if request.param == "cuda":
+        require("torch")
+        require("transformers")
     options: dict[str, Any] = {"backend": request.param, "num_kv_blocks": 8, "block_tokens": 16}
     if request.param == "null":
         options |= {"skip_tokenizer_init": True, "backend_options": {"vocab_size": 384}}

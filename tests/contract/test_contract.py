@@ -38,7 +38,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     if name == "cuda":
         require("torch")
         require("transformers")
-    extra = {"null": {"vocab_size": 384}, "cuda": {"device": "cpu"}}.get(name, {})
+    options: dict[str, dict[str, Any]] = {"null": {"vocab_size": 384}, "cuda": {"device": "cpu"}}
+    extra = options.get(name, {})
     model = None if name == "null" else str(tiny_folder())
     module = import_module(f"cortexstream.backends.{name}")
     assert module.available() is None

@@ -31,11 +31,14 @@ from tests.conftest import require
 GREEDY = SamplingParams(temperature=0, max_tokens=30)
 
 
-@pytest.fixture(params=["reference", "mlx"])
+@pytest.fixture(params=["reference", "mlx", "cuda"])
 def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
     if request.param == "mlx":
         require("mlx")
         require("mlx_lm")
+    if request.param == "cuda":
+        require("torch")
+        require("transformers")
     with LLM(backend=request.param, num_kv_blocks=64, max_num_seqs=4) as model:
         yield model
         model.check()

@@ -37,7 +37,8 @@ def noisy(quantization: KVQuantization | None = None) -> KVMemory:
 
 
 def parts(made: KVMemory, *pools: int) -> list[Any]:
-    return [part for number in pools or range(3) for store in made.pools[number]._stores for part in store.parts]
+    stores: list[Any] = [store for number in pools or range(3) for store in made.pools[number]._stores]
+    return [part for store in stores for part in store.parts]
 
 
 def bits(made: KVMemory) -> list[Any]:
