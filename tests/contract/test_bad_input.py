@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,6 @@ def test_parameters_and_prompts_must_match(llm: LLM) -> None:
 
 BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "backend": ({"backend": "metal"}, InvalidRequestError, "backend: is 'metal'; must be one of auto, mlx, cuda"),
-    "no cuda yet": ({"backend": "cuda"}, BackendUnavailableError, "backend: cuda cannot run here: "),
     "unknown": ({"max_length": 3}, TypeError, "unknown option 'max_length'; known are model, backend"),
     "slots": ({"max_num_seqs": 0}, InvalidRequestError, "max_num_seqs: is 0; must be a whole number of at least 1"),
     "share": ({"memory_utilization": 1.5}, InvalidRequestError, "memory_utilization: is 1.5; must be a number above 0"),
@@ -123,6 +123,32 @@ def test_bad_option(case: str) -> None:
     options, error, message = BAD_OPTIONS[case]
     with pytest.raises(error, match=message):
         LLM(**{"backend": "reference", **options})
+
+
+def test_cuda_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = require("torch")
+    require("transformers")
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        (
+            {"kv_layout": "run"},
+            InvalidRequestError,
+            "kv_layout: is 'run'; the cuda backend's attention reads block tables",
+        ),
+        ({"dtype": "int3"}, InvalidRequestError, "dtype: is 'int3'; must be auto, float32, bfloat16, float16"),
+        ({"backend_options": {"graphs": 1}}, InvalidRequestError, "backend_options: has 'graphs'"),
+        ({"backend_options": {"device": "tpu"}}, InvalidRequestError, "backend_options: has device 'tpu'"),
+        ({"backend_options": {"device": 3.5}}, InvalidRequestError, "backend_options: has device 3.5"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append(({"backend_options": {"device": "cuda"}}, BackendUnavailableError, "sees no NVIDIA GPU"))
+    for options, error, message in cases:
+        with pytest.raises(error, match=message):
+            LLM(backend="cuda", **options)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(
+        BackendUnavailableError, match=r"backend: cuda cannot run here: .*pip install 'cortexstream\[cuda\]'"
+    ):
+        LLM(backend="cuda")
 
 
 def test_environment_names_a_bad_backend(monkeypatch: pytest.MonkeyPatch) -> None:
