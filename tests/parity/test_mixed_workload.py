@@ -13,7 +13,10 @@ from tests.conftest import require
 
 NUM_PROMPTS = 64
 LONGEST = 1000
-SMALL = {"num_kv_blocks": 80, "block_tokens": 16, "max_num_seqs": 12, "max_num_batched_tokens": 192}
+SMALL = {
+    "num_kv_blocks": 70, "block_tokens": 16, "max_num_seqs": 12, "max_num_batched_tokens": 192,
+    "enable_prefix_caching": False,
+}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "null": {"backend": "null", "skip_tokenizer_init": True, "backend_options": {"vocab_size": 359}},
     "null-paged": {
