@@ -32,7 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @cache
 def workload() -> tuple[list[list[int]], list[SamplingParams]]:
-    """Random token ids of 1 to 1,000 tokens (log-uniform), greedy and seeded sampling, 1 to 32 or 100 tokens to make."""
+    """Random ids, 1 to 1,000 tokens long (log-uniform); greedy and seeded sampling; 1 to 32, or 100, tokens to make."""
     rng = random.Random(11)
     lengths = [1, LONGEST, *(round(LONGEST ** rng.random()) for _ in range(NUM_PROMPTS - 2))]
     lengths[GROWERS] = [4] * len(lengths[GROWERS])
