@@ -7,12 +7,13 @@ the arena; it gets a `StepPlan` and gives back a `StepResult`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from cortexstream.plan import KVRows, StepPlan, StepResult
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 class KVQuantization(NamedTuple):

@@ -104,13 +104,14 @@ class Scheduler:
         self._finish(sequence, reason)
         return TokenEvent(request_id, None, None, (), reason)
 
-    def abort_running(self, error: str) -> list[TokenEvent]:
+    def abort_running(self, error: str, private: bool = False) -> list[TokenEvent]:
         """After a failed step: end what has KV or a token on its way, forget the plans in flight, keep the queue.
 
-        When nothing of the kind is there, the fault is not the device's, and every request ends.
+        When nothing of the kind is there, the fault is not the device's, and every request ends; but not if the step
+        was a `private` one, which is nobody's.
         """
         touched = [s for s in self._by_id.values() if s.handle is not None or s.draws_pending]
-        return self._abort(touched, error) if touched else self.abort_all(error)
+        return self._abort(touched, error) if touched or private else self.abort_all(error)
 
     def abort_all(self, error: str) -> list[TokenEvent]:
         """End every request with an error and forget the plans in flight."""
@@ -124,8 +125,7 @@ class Scheduler:
             events.append(TokenEvent(sequence.request.id, None, None, (), FinishReason.ERROR, error))
         for sequence in self._waiting:
             self._forget_swapped(sequence)
-        self.arena.clear()  # what was computed, here or in host memory, cannot be trusted
-        self.arena.take_moves()
+        self.arena.lose()
         return events
 
     def plan(self) -> StepPlan | None:
@@ -141,14 +141,22 @@ class Scheduler:
         sampled: list[Sequence] = []
         budget = self.limits.max_batched_tokens
         prefilling: list[Sequence] = []
+        decoding: list[Sequence] = []
         for sequence in self._running:
             pending = len(sequence.tokens) + sequence.draws_pending - sequence.num_computed
             if pending > 1:
                 prefilling.append(sequence)
-            elif pending and budget and not sequence.last_is_drawn:
-                rows.append(sequence.next_row(1))
-                sampled.append(sequence)
-                budget -= 1
+            elif pending and not sequence.last_is_drawn:
+                decoding.append(sequence)
+        # However many decode, a prompt gets a token: with a budget of one, in every second step.
+        reserved = 1 if prefilling and (budget > 1 or self._step % 2) else 0
+        if len(decoding) > budget - reserved:  # nobody waits for ever: who comes first goes round
+            first = self._step % len(decoding)
+            decoding = decoding[first:] + decoding[:first]
+        for sequence in decoding[: budget - reserved]:
+            rows.append(sequence.next_row(1))
+            sampled.append(sequence)
+        budget -= len(rows)
         for sequence in prefilling:
             if not budget:
                 break
@@ -324,6 +332,11 @@ def check_request(request: Request, limits: Limits) -> None:
             "min_tokens",
             f"is {sampling.min_tokens}; after a prompt of {len(prompt)} tokens at most "
             f"{limits.max_tokens - len(prompt)} fit ({limits.reason})",
+        )
+    if sampling.min_tokens and len(limits.eos_token_ids.union(sampling.stop_token_ids)) >= limits.vocab_size:
+        raise InvalidRequestError(
+            "stop_token_ids",
+            f"has all {limits.vocab_size} tokens of the vocabulary; with min_tokens {sampling.min_tokens} none is left",
         )
     for name, ids in (
         ("prompt", prompt), ("stop_token_ids", sampling.stop_token_ids), ("logit_bias", sampling.logit_bias),

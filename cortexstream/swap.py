@@ -9,6 +9,7 @@ from cortexstream.plan import ring_tokens
 
 SWAP_S_PER_BYTE = 1e-9  # before anything was measured: 1 GB/s, slower than any bus in use
 SMOOTHING = 0.2  # weight of the newest observation
+FADING = 0.95  # per step
 MIN_PREFILL_TOKENS = 8  # steps with fewer prompt tokens say little about the price of one
 
 
@@ -27,7 +28,8 @@ class SwapPolicy:
         self.mode = mode
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
-        self.prefill_s_per_token: float | None = None
+        self._prefill_tokens = self._prefill_s = 0.0
+        self._after_prefill = False
         self.swap_s_per_byte = SWAP_S_PER_BYTE
         full, *rings = model.pool_bytes_per_token
         self._full_bytes = full
@@ -46,8 +48,7 @@ class SwapPolicy:
             return False
         if self.mode == "swap":
             return True
-        recompute_s = 0.0 if self.prefill_s_per_token is None else num_tokens * self.prefill_s_per_token
-        return 2 * size * self.swap_s_per_byte < recompute_s
+        return 2 * size * self.swap_s_per_byte < num_tokens * self.prefill_s_per_token
 
     def take(self, num_tokens: int) -> None:
         """A copy of so many tokens is kept from now on."""
@@ -57,12 +58,19 @@ class SwapPolicy:
         """It is gone."""
         self.used_bytes -= self.bytes_of(num_tokens)
 
-    def observe_prefill(self, num_tokens: int, seconds: float) -> None:
-        """A step with so many prompt tokens took so long."""
-        if num_tokens >= MIN_PREFILL_TOKENS:
-            old = self.prefill_s_per_token
-            new = seconds / num_tokens
-            self.prefill_s_per_token = new if old is None else old + SMOOTHING * (new - old)
+    def observe_step(self, prompt_tokens: int, seconds: float) -> None:
+        """A plan with so many prompt tokens was handed to the backend, and the result of the plan before taken from
+        it, in so many seconds. It may have computed either then: so what counts are sums over the steps with prompt
+        tokens and those right after, old ones fading."""
+        if prompt_tokens >= MIN_PREFILL_TOKENS or self._after_prefill:
+            self._prefill_tokens = FADING * self._prefill_tokens + prompt_tokens
+            self._prefill_s = FADING * self._prefill_s + seconds
+        self._after_prefill = prompt_tokens >= MIN_PREFILL_TOKENS
+
+    @property
+    def prefill_s_per_token(self) -> float:
+        """What computing a prompt token takes; 0 before one was computed."""
+        return self._prefill_s / self._prefill_tokens if self._prefill_tokens else 0.0
 
     def observe_swap(self, num_bytes: int, seconds: float) -> None:
         """Copies of so many bytes took so long."""

@@ -12,7 +12,7 @@ from cortexstream.engine.budget import kv_size, limits_of, swap_budget_bytes
 from cortexstream.engine.stats import EngineStats
 from cortexstream.errors import EngineError, ModelLoadError
 from cortexstream.kv import KVArena
-from cortexstream.plan import PENDING, PlanRow, StepPlan, SwapIn, SwapOut
+from cortexstream.plan import PENDING, PlanRow, StepPlan, StepResult, SwapIn, SwapOut
 from cortexstream.request import FinishReason, Request
 from cortexstream.scheduler import Scheduler, TokenEvent
 from cortexstream.swap import SwapPolicy
@@ -91,10 +91,9 @@ class EngineCore:
             self._ticket = ticket
             if plan is not None:
                 self._count(plan)
-            self.swap.observe_prefill(self._prompt_tokens - prompt_tokens, in_backend)
+            self.swap.observe_step(self._prompt_tokens - prompt_tokens, in_backend)
             if result is not None:
-                self.swap.observe_swap(self._swap_bytes.pop(result.step, 0), result.swap_s)
-                self._deliver(self.scheduler.commit(result))
+                self._commit(result)
         except Exception as error:
             self._recover(error)
         self._host_s += perf_counter() - started - in_backend
@@ -106,9 +105,13 @@ class EngineCore:
         if ticket is None:
             return
         try:
-            self._deliver(self.scheduler.commit(self.backend.collect(ticket)))
+            self._commit(self.backend.collect(ticket))
         except Exception as error:
             self._recover(error)
+
+    def _commit(self, result: StepResult) -> None:
+        self.swap.observe_swap(self._swap_bytes.pop(result.step, 0), result.swap_s)
+        self._deliver(self.scheduler.commit(result))
 
     def run_alone(self, rows: Iterable[PlanRow]) -> None:
         """A step of these rows, none of which draws, with the copies that wait; nothing may be in flight. Raises
@@ -119,16 +122,16 @@ class EngineCore:
         try:
             self.backend.collect(self.backend.submit(plan))
         except Exception as error:
-            self._recover(error)
+            self._recover(error, private=True)
             raise EngineError(f"the step failed: {error}") from error
 
-    def _recover(self, error: Exception) -> None:
+    def _recover(self, error: Exception, private: bool = False) -> None:
         """After a failed step the device's state is unknown: nothing in flight can be trusted, but the next request can
         be served."""
         log.error("a step failed; every running request ends with an error", exc_info=error)
         self._ticket = None
         self._swap_bytes.clear()
-        self._deliver(self.scheduler.abort_running(f"the step failed: {error}"))
+        self._deliver(self.scheduler.abort_running(f"the step failed: {error}", private))
         self.backend.reset()
 
     def run(self) -> None:

@@ -58,6 +58,8 @@ def import_prefix(core: EngineCore, tokens: Sequence[int], layers: list[LayerSta
         core.arena.release(handle)
         raise
     handle.advance(len(tokens))
+    if any(window < len(tokens) for window in core.backend.model.windows):
+        handle.shortest_reuse = len(tokens) - 1  # a file has the last windows only
     core.arena.release(handle, tokens)
     return len(tokens) if core.arena.placement == "run" else len(tokens) - len(tokens) % core.arena.block_tokens
 

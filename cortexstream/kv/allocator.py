@@ -163,6 +163,8 @@ class TreeAllocator(Allocator):
             raise ArenaError(f"free count is {self.num_free}, but {self._taken.count(0)} blocks are not taken")
 
     def _check_count(self, count: int) -> None:
+        if not isinstance(count, int) or isinstance(count, bool):
+            raise ArenaError(f"block count is {count!r}; must be a whole number")
         if count <= 0:
             raise ArenaError(f"block count is {count}; must be at least 1")
 

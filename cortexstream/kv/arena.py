@@ -8,9 +8,10 @@ from typing import Literal
 
 from cortexstream.errors import ArenaError, ArenaFullError
 from cortexstream.kv.handle import KVHandle
-from cortexstream.kv.layout import lay_out
+from cortexstream.kv.layout import check_lengths, lay_out
 from cortexstream.kv.page_pool import PagePool
 from cortexstream.kv.pool import Ledger
+from cortexstream.kv.prefix import check_same
 from cortexstream.kv.snapshot import ArenaSnapshot, as_text, take_pools
 from cortexstream.kv.stats import ArenaStats, Ring
 from cortexstream.plan import KVRows, MemoryOp, SwapDrop, SwapIn, SwapOut
@@ -69,7 +70,7 @@ class KVArena:
         self._full = self._pools[0]
         self._handles: set[KVHandle] = set()
         self._reused_tokens = 0
-        self._swapped: dict[int, tuple[int, int]] = {}  # key -> tokens in host memory, and how far their rings turned
+        self._swapped: dict[int, tuple[int, int, int]] = {}  # key -> what a handle must know of its tokens on the host
         self.changes = 0  # goes up whenever a sequence that could not be admitted might be
         self._lock = threading.RLock()
 
@@ -158,8 +159,7 @@ class KVArena:
         In place, else by moving this sequence, else by moving others; kept prefixes give way where blocks are missing.
         Raises ArenaFullError, changing nothing, when blocks in use are missing or the sequence's limit is reached.
         """
-        if num_tokens <= 0:
-            raise ArenaError(f"num_tokens is {num_tokens}; must be at least 1")
+        check_lengths(num_tokens)
         with self._lock:
             self._check_owned(handle)
             if num_tokens <= (handle.position if handle.shares else handle.capacity_tokens):
@@ -191,6 +191,7 @@ class KVArena:
             self._check_owned(handle)
             if len(tokens) > handle.position:
                 raise ArenaError(f"{len(tokens)} tokens cannot be published: {handle.position} are written")
+            check_same(self._cache.published(handle), tuple(tokens))
             if len(tokens) > handle.published_tokens:
                 self.changes += 1
                 self._cache.publish(handle, tokens)
@@ -204,6 +205,7 @@ class KVArena:
             self._check_owned(handle)
             if len(tokens) > handle.position:
                 raise ArenaError(f"{len(tokens)} tokens cannot be kept: {handle.position} are written")
+            check_same(self._cache.published(handle), tuple(tokens))
             if tokens and self._cache.enabled:
                 self._cache.retire(handle, tokens, KVHandle(self.block_tokens, handle.limit_blocks))
             else:
@@ -219,14 +221,24 @@ class KVArena:
             self._cache.clear()
             self.changes += 1
 
+    def lose(self) -> None:
+        """After a failed step nothing that was computed can be trusted: forget prefixes, contents in host memory, and
+        the copies that were planned. Sequences keep their blocks."""
+        with self._lock:
+            self.clear()
+            self._swapped.clear()
+            self._ledger.take()
+
     def swap_out(self, handle: KVHandle, key: int) -> None:
         """Plan to keep the sequence's contents in host memory, and release it."""
         with self._lock:
             self._check_owned(handle)
             if not handle.position:
                 raise ArenaError("0 tokens are written: there are no contents to keep")
+            if key in self._swapped:
+                raise ArenaError(f"{self._swapped[key][0]} tokens are kept under {key} already")
             self._ledger.add(SwapOut(key, handle.rows, handle.position))
-            self._swapped[key] = handle.position, handle.written
+            self._swapped[key] = handle.position, handle.written, handle.shortest_reuse
             self.release(handle)
 
     def swap_in(self, handle: KVHandle, key: int, num_tokens: int) -> None:
@@ -235,11 +247,11 @@ class KVArena:
             self._check_owned(handle)
             if handle.position:
                 raise ArenaError(f"{handle.position} tokens are written already; contents come back into an empty one")
-            kept, written = self._swapped.get(key, (0, 0))
+            kept, written, shortest_reuse = self._swapped.get(key, (0, 0, 0))
             if num_tokens != kept:
                 raise ArenaError(f"{kept} tokens are kept under {key}, not {num_tokens}")
             handle.advance(num_tokens)
-            handle.written = written
+            handle.written, handle.shortest_reuse = written, shortest_reuse
             del self._swapped[key]
             self._ledger.add(SwapIn(key, handle.rows, num_tokens))
 
@@ -316,13 +328,10 @@ class KVArena:
                 raise ArenaError("blocks are held by nobody who is known, or a sequence holds none")
             self._cache.check()
 
-    def _needs(self, num_tokens: int, limit_tokens: int | None, tokens: Sequence[int]) -> list[int]:
-        if num_tokens <= 0:
-            raise ArenaError(f"num_tokens is {num_tokens}; must be at least 1")
-        if limit_tokens is not None and limit_tokens < num_tokens:
-            raise ArenaError(f"limit_tokens is {limit_tokens}; must be at least num_tokens, {num_tokens}")
-        if len(tokens) > num_tokens:
-            raise ArenaError(f"{len(tokens)} tokens may be reused of a sequence of num_tokens, {num_tokens}")
+    def _needs(
+        self, num_tokens: int, limit_tokens: int | None, tokens: Sequence[int], spare_blocks: int = 0
+    ) -> list[int]:
+        check_lengths(num_tokens, limit_tokens, tokens, spare_blocks)
         return [pool.need(num_tokens, limit_tokens) for pool in self._pools]
 
     def _missing(self, needs: Sequence[int], tokens: Sequence[int] = (), spare_blocks: int = 0) -> str | None:
@@ -378,7 +387,8 @@ class KVArena:
         self._ledger.changed.clear()
 
     def _check_owned(self, handle: KVHandle) -> None:
-        if not handle.live:
-            raise ArenaError("stale handle: the sequence was released already")
+        if not isinstance(handle, KVHandle):
+            raise ArenaError(f"{handle!r} is no handle")
+        handle.check_live()
         if handle not in self._handles:
-            raise ArenaError("foreign handle: it belongs to another arena")
+            raise ArenaError(f"foreign handle: it belongs to another arena than this of {self.num_blocks} blocks")

@@ -6,6 +6,12 @@ from cortexstream.errors import ArenaError
 from cortexstream.plan import KVRows
 
 
+def whole(name: str, value: object) -> None:
+    """Raise ArenaError unless `value` is a whole number."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ArenaError(f"{name} is {value!r}; must be a whole number")
+
+
 class KVHandle:
     """Blocks and how far they are filled. Made by `KVArena.admit` and `fork`, dead after `KVArena.release`.
 
@@ -24,6 +30,7 @@ class KVHandle:
         "published_tokens",
         "shared_tokens",
         "shares",
+        "shortest_reuse",
         "written",
     )
 
@@ -35,6 +42,7 @@ class KVHandle:
         self.published_tokens = 0  # so many of its tokens are in the prefix index
         self.shared_tokens = 0  # others may hold the blocks of so many of its tokens: never to be written again
         self.shares = False  # others may hold the block of `position`, too: it is copied before it is written
+        self.shortest_reuse = 0  # its rings lack what a prefix of fewer tokens would need: they came from a file
         self.live = True
         self.place(KVRows((), True))
 
@@ -64,10 +72,10 @@ class KVHandle:
 
     def advance(self, num_tokens: int = 1) -> None:
         """Count tokens as written. Raises ArenaError, changing nothing, if they do not fit."""
+        whole("num_tokens", num_tokens)
         if num_tokens <= 0:
             raise ArenaError("num_tokens must be positive")
-        if not self.live:
-            raise ArenaError("stale handle: the sequence was released")
+        self.check_live()
         if self.shares:
             raise ArenaError("the next block may be shared with another sequence: grow() must come before the write")
         end = self.position + num_tokens
@@ -82,6 +90,7 @@ class KVHandle:
 
     def reset(self) -> None:
         """Forget what was written; the blocks stay. Raises ArenaError if others may be reading them."""
+        self.check_live()
         shared = max(self.published_tokens, self.shared_tokens)
         if shared:
             raise ArenaError(
@@ -92,9 +101,15 @@ class KVHandle:
 
     def locate(self, position: int) -> tuple[int, int]:
         """(block id, offset in the block) of a token's position; raises ArenaError outside the capacity."""
+        self.check_live()
         if not 0 <= position < self.capacity_tokens:
             raise ArenaError(f"position {position} is outside the capacity of {self.capacity_tokens} tokens")
         return self.blocks[position // self._block_tokens], position % self._block_tokens
+
+    def check_live(self) -> None:
+        """Raise ArenaError if the sequence was released."""
+        if not self.live:
+            raise ArenaError(f"stale handle: the sequence was released already, with its {len(self.blocks)} blocks")
 
     def __repr__(self) -> str:
         state = f"{self.position}/{self.capacity_tokens} tokens" if self.live else "released"

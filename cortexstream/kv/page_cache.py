@@ -115,6 +115,16 @@ class PageCache:
             self._ends.setdefault(before, {})[handle] = tuple(tokens[full * size :])
             self._end_of[handle] = before
 
+    def published(self, handle: KVHandle) -> tuple[int, ...]:
+        """The tokens that are known of a sequence, those in a partial block left out."""
+        count = handle.published_tokens // self._tree.chunk_tokens
+        node = self._node_of.get(self._pool.claims[handle][count - 1]) if count else None
+        keys = []
+        while node is not None:
+            keys.append(node.key)
+            node = node.parent
+        return tuple(token for key in reversed(keys) for token in key)
+
     def retire(self, handle: KVHandle, tokens: Sequence[int], twin: KVHandle) -> None:
         """A sequence ended with these tokens computed: its full blocks are kept. `twin` is not needed here."""
         self.publish(handle, tokens[: len(tokens) // self._tree.chunk_tokens * self._tree.chunk_tokens])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
+from cortexstream.errors import ArenaError
+
 T = TypeVar("T")
 Key = tuple[int, ...]
 
@@ -99,3 +101,11 @@ def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
         else:
             high = middle
     return low
+
+
+def check_same(known: tuple[int, ...], tokens: tuple[int, ...]) -> None:
+    """Raise ArenaError if `tokens` are not those that others may have read already: of a sequence, `known` were
+    published."""
+    same = common_prefix(known, tokens)
+    if same < min(len(known), len(tokens)):
+        raise ArenaError(f"{len(known)} tokens were published; token {same} was {known[same]}, not {tokens[same]}")

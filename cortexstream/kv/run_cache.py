@@ -97,6 +97,11 @@ class RunCache:
             self._extend(entry, tokens)
             handle.published_tokens = len(entry.tokens)
 
+    def published(self, handle: KVHandle) -> tuple[int, ...]:
+        """The tokens that are known of a sequence."""
+        entry = self._entries.get(handle)
+        return () if entry is None else entry.tokens
+
     def retire(self, handle: KVHandle, tokens: Sequence[int], twin: KVHandle) -> None:
         """A sequence ended with these tokens computed: keep its run under `twin`, unless another run has them, too."""
         self._withdraw(handle)
@@ -106,7 +111,7 @@ class RunCache:
                 self.idle.move_to_end(same[0])  # type: ignore[arg-type]
             self._release(handle)
             return
-        twin.position, twin.written = len(tokens), handle.written
+        twin.position, twin.written, twin.shortest_reuse = len(tokens), handle.written, handle.shortest_reuse
         for index, pool in enumerate(self.pools):
             pool.transfer(handle, twin)
             self._idle_blocks[index] += len(pool.claims[twin])
@@ -182,7 +187,7 @@ class RunCache:
 
     def _usable(self, entry: Entry, length: int) -> bool:
         """Do the rings still hold the window before position `length`?"""
-        return all(
+        return length >= entry.handle.shortest_reuse and all(
             pool.ring_tokens is None or max(0, length + 1 - pool.ring_tokens) >= entry.handle.written - pool.ring_tokens
             for pool in self.pools
         )
@@ -234,6 +239,7 @@ class RunCache:
         handle.position = length
         wrapped = any(pool.ring_tokens is not None and source.written > pool.ring_tokens for pool in self.pools)
         handle.written = source.written if wrapped else length
+        handle.shortest_reuse = source.shortest_reuse
 
     def _extend(self, entry: Entry, tokens: Sequence[int]) -> None:
         """Make the tree know more of an entry's tokens."""

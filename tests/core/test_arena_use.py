@@ -217,6 +217,40 @@ def read(arena: KVArena, kind: int) -> None:
         arena.take_moves()
 
 
+class Held:
+    """A lock that counts how often it was taken."""
+
+    def __init__(self) -> None:
+        self.inner = threading.RLock()
+        self.taken = 0
+
+    def __enter__(self) -> None:
+        self.inner.acquire()
+        self.taken += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.inner.release()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_f28_every_call_takes_the_lock(placement: Placement) -> None:
+    world = World(16, 4, placement)
+    arena, handle, other = world.arena, world.begin(text(0, 5)), world.begin(text(100, 5))
+    lock = arena._lock = Held()  # type: ignore[assignment]
+    calls: list[Callable[[], object]] = [
+        lambda: arena.used_blocks, lambda: arena.free_blocks, lambda: arena.can_admit(4), arena.fragmentation,
+        arena.stats, arena.block_map, arena.owners, arena.describe, arena.snapshot, arena.check,
+        lambda: arena.publish(handle, text(0, 5)), lambda: arena.grow(handle, 9), lambda: arena.fork(handle),
+        lambda: arena.swap_out(other, 1), lambda: arena.swap_in(arena.admit(6), 1, 5), arena.take_moves,
+        lambda: arena.swap_out(arena.owners()[-1][0], 2), lambda: arena.swap_drop(2),
+        lambda: arena.release(handle, text(0, 5)), arena.clear,
+    ]  # fmt: skip
+    for number, call in enumerate(calls):
+        before = lock.taken
+        call()
+        assert lock.taken > before, f"call {number} of the list looks without the lock"
+
+
 @pytest.mark.parametrize("rings", [[], [Ring(6, 40)]])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_f28_f15_eight_readers_and_four_writers(placement: Placement, rings: list[Ring]) -> None:

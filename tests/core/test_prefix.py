@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 
-from cortexstream.errors import ArenaFullError
-from cortexstream.kv import KVArena, run_cache
 from cortexstream.kv.prefix import common_prefix
 from cortexstream.plan import Move
 from tests.core.contents import World
@@ -178,52 +174,6 @@ def test_common_prefix_is_what_a_loop_finds() -> None:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("others", range(5))
-def test_f83_what_was_used_longest_ago_is_given_up_first(placement: Placement, others: int) -> None:
-    """Four finished ones fill the arena, the oldest is used once more, and then others need their blocks."""
-    for number, start in enumerate((100, 200, 300, 0)):
-        world = World(16, 4, placement)
-        for first in (0, 100, 200, 300):
-            world.release(world.begin(text(first, 16)))
-        again = world.admit(text(0, 16))
-        assert again.position == 15
-        world.write(again, [15])
-        world.release(again)
-        assert world.arena.stats().cached_blocks == 16 and world.arena.free_blocks == 16
-        for other in range(others):
-            world.begin(text(1000 * (other + 1), 16))
-        assert world.arena.stats().cached_blocks == 16 - 4 * others
-        if others < 4:
-            assert world.arena.admit(16, None, text(start, 15)).position == (15 if number >= others else 0)
-
-
-def test_f83_of_one_sequence_the_end_is_given_up_first() -> None:
-    world = World(8, 4, "paged")
-    told = world.release(world.begin(text(0, 32)))
-    for kept in (7, 4, 1):
-        world.release(world.begin(text(1000, 4 * (8 - kept))), keep=0)
-        assert world.arena.stats().cached_blocks == kept
-        assert world.arena._cache._match(told) == [*range(kept)]
-    world.end()
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_f83_what_is_in_use_is_never_given_up(placement: Placement) -> None:
-    world = World(12, 4, placement)
-    running = world.begin(text(0, 16), publish=True)
-    told = world.release(world.begin(text(100, 16)))
-    again = world.admit([*told, 1])  # in use again, and with one block more
-    assert world.arena.free_blocks == 3
-    for blocks in (4, 12):
-        with pytest.raises(ArenaFullError, match=f"{4 * blocks} tokens need {blocks} blocks of 4; 3 of 12 are free"):
-            world.arena.admit(4 * blocks)
-    world.begin(text(500, 12))
-    world.write(again, [1])
-    assert world.arena.free_blocks == 0 and running.live
-    world.end()
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
 def test_f83_shared_blocks_cost_an_admission_nothing(placement: Placement) -> None:
     """In paged placement a full arena admits who needs only what others hold; in runs nobody shares."""
     world = World(8, 4, placement)
@@ -283,82 +233,4 @@ def test_f83_two_finished_runs_with_the_same_tokens_are_one() -> None:
         world.release(handle)
         cached.append(world.arena.stats().cached_blocks)
     assert cached == [5, 5, 5, 11]
-    world.end()
-
-
-def test_f17_compaction_moves_kept_runs_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_cache, "GIVE_UP", 0)  # as when no more may be given up for a hole
-    world = World(20, 4)
-    handles = [world.begin(text(100 * number, 16)) for number in range(5)]
-    world.release(handles[0], keep=0)
-    world.release(handles[2], keep=0)
-    told = world.release(handles[1])  # blocks 4 to 7, between two holes
-    assert world.arena.block_map() == "." * 4 + "o" * 4 + "." * 4 + "X" * 8
-    big = world.admit(text(500, 32))  # the empty blocks suffice: nothing is given up
-    stats = world.arena.stats()
-    assert (stats.compactions, stats.cached_blocks, stats.free_blocks) == (1, 4, 4)
-    assert len(big.blocks) == 8 and world.flush() == (Move(4, 4, 0, 4, 16),)
-    assert world.arena.block_map() == "oooo" + "X" * 16
-    again = world.admit([*told[:15], 7])
-    assert (again.position, again.blocks) == (15, (0, 1, 2, 3))
-    world.write(again, [7])
-    world.end()
-
-
-def test_f20_growth_in_place_relocation_and_compaction_keep_contents(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_cache, "GIVE_UP", 0)
-    world = World(20, 4)
-    first, second, third = (world.begin(text(100 * number, 16)) for number in range(3))
-    world.arena.grow(third, 17)
-    assert world.flush() == (Move(8, 4, 8, 5, 16),)  # in place, laid out anew
-    world.arena.grow(first, 17)
-    assert world.flush() == (Move(0, 4, 13, 5, 16),)  # behind it is the second
-    assert world.arena.stats().relocations == 1
-    world.release(second)
-    told = text(100, 16)
-    world.begin(text(500, 4))
-    assert world.arena.block_map() == "X...oooo" + "X" * 10 + ".."
-    world.arena.grow(third, 24)  # one more: the hole behind it is two blocks further on
-    assert world.arena.stats().compactions == 1 and world.flush()
-    world.write(third, text(700, 8))
-    assert found(world, told) == 16
-    world.end()
-
-
-def test_f17_old_prefixes_go_before_anything_is_moved() -> None:
-    """Kept runs fill what is free, so nothing is adjacent; moving them for each request would copy a hundred tokens for
-    each that is made."""
-    arena = KVArena(200, 4)
-    rng = random.Random(5)
-    for number in range(400):
-        handle = arena.admit(rng.randint(4, 80), 100)
-        handle.advance(rng.randint(1, handle.capacity_tokens))
-        arena.release(handle, [number] * handle.position)
-        arena.check()
-    stats = arena.stats()
-    assert stats.cached_blocks > 100  # much is kept all the same
-    assert stats.compactions == stats.moved_tokens == 0
-    live = [arena.admit(40, 40) for _ in range(4)]
-    newest = arena.admit(20, 24, [399] * 3)
-    assert newest.position == 3  # the last one to go
-    for handle in (*live, newest):
-        arena.release(handle)
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_f20_growth_gives_kept_prefixes_up(placement: Placement) -> None:
-    world = World(12, 4, placement)
-    handle = world.begin(text(0, 16))
-    world.release(world.begin(text(100, 16)))
-    world.release(world.begin(text(200, 16)))
-    assert world.arena.stats().cached_blocks == 8 and world.arena.free_blocks == 8
-    world.arena.grow(handle, 17)
-    world.write(handle, [1])
-    assert world.arena.stats().cached_blocks == (4 if placement == "run" else 7)
-    assert found(world, text(200, 12)) == 12
-    world.arena.grow(handle, 48)
-    assert world.arena.stats().cached_blocks == 0 and world.arena.free_blocks == 0
-    with pytest.raises(ArenaFullError, match="49 tokens exceed this sequence's limit of 48 tokens"):
-        world.arena.grow(handle, 49)
-    world.write(handle, text(300, 31))
     world.end()

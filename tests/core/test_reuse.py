@@ -1,18 +1,20 @@
-"""What one request computed serves the next: counted on the null backend (F83, F90), and what happens under memory
-pressure (F27, F91)."""
+"""What one request computed serves the next: counted on the null backend (F83, F90)."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cortexstream import LLM, SamplingParams
+from cortexstream.backends.null.backend import next_token
 from cortexstream.engine import EngineCore
-from cortexstream.errors import InvalidRequestError
-from cortexstream.plan import RowResult, SwapDrop, SwapIn, SwapOut
+from cortexstream.engine.private import export_prefix
+from cortexstream.errors import EngineError, InvalidRequestError
+from cortexstream.plan import RowResult, SampleSpec
 from cortexstream.request import FinishReason
-from cortexstream.swap import SwapPolicy
-from tests.core.support import PLACEMENTS, Placement, Receiver, dense, engine, null_backend, request
+from tests.core.support import PLACEMENTS, Placement, Receiver, dense, engine, request
 
 SYSTEM = [7 * i % 89 for i in range(1000)]
 
@@ -134,147 +136,81 @@ def test_f83_nothing_is_reused_after_a_row_or_a_step_failed(placement: Placement
     assert core.arena.stats().cached_blocks == 0
 
 
-def test_f27_reject_what_can_never_fit() -> None:
-    core, _ = engine(num_blocks=4, block_tokens=4)
-    with pytest.raises(InvalidRequestError, match="has 17 tokens; with one token of output at most 16 fit"):
-        core.add(request(0, 17), Receiver())
-    assert not core.has_work and core.arena.used_blocks == 0
+@pytest.mark.parametrize("layout", ["run", "paged"])
+def test_f83_a_loaded_prefix_is_used_only_with_its_window(layout: str, tmp_path: Path) -> None:
+    """A file has the last window of a ring, so a prompt that leaves the prefix earlier computes its own."""
+    options: dict[str, Any] = {"kv_layout": layout, "block_tokens": 3, "num_kv_blocks": 12}
+    if layout == "run":
+        options["backend_options"] = {"window": 5}
+    for shared in range(1, 7):
+        with LLM(backend="null", **options) as llm:
+            llm.save_prefix({"prompt_token_ids": [1, 2, 3, 4, 5, 6]}, tmp_path / "p")
+        with LLM(backend="null", **options) as llm:
+            prompt = [*range(1, shared + 1), 9, 9]
+            params = SamplingParams(temperature=0, max_tokens=6)
+            llm.generate([[7] * 20], params, use_tqdm=False)  # leaves its own numbers in the blocks
+            assert llm.load_prefix(tmp_path / "p") == 6
+            found = llm.generate([prompt], params, use_tqdm=False)[0]
+            window = 5 if layout == "run" else None
+            expected = dense_windowed(prompt, 6, window)
+            assert list(found.outputs[0].token_ids) == expected
+            assert found.num_cached_tokens == (shared if layout == "paged" or shared >= 5 else 0)
 
 
-def test_f27_reduce_the_answer_to_what_fits() -> None:
-    core, _ = engine(num_blocks=4, block_tokens=4)
-    sink = Receiver()
-    core.add(request(0, 10, max_tokens=1000), sink)
-    core.run()
-    core.check()
-    assert len(sink.tokens) == 7 and sink.finish is FinishReason.LENGTH  # 16 tokens of KV, and one that needs none
+def dense_windowed(prompt: list[int], count: int, window: int | None) -> list[int]:
+    context = list(prompt)
+    for _ in range(count):
+        context.append(next_token(context, SampleSpec(), 97, window))
+    return context[len(prompt) :]
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_f27_wait_for_blocks(placement: Placement) -> None:
-    core, _ = engine(placement, num_blocks=8, block_tokens=4)
-    sinks = [Receiver(), Receiver()]
-    for number, sink in enumerate(sinks):
-        core.add(request(number, [number] * 20, max_tokens=4), sink)
-    core.step()
-    assert (core.scheduler.num_running, core.scheduler.num_waiting) == (1, 1)
-    core.run()
-    core.check()
-    assert [len(s.tokens) for s in sinks] == [4, 4] and core.stats().preemptions == 0
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_f27_defer_the_youngest(placement: Placement) -> None:
-    core, _ = engine(placement, num_blocks=8, block_tokens=4)
-    asked = [request(i, [i + 1] * 8, max_tokens=20) for i in range(2)]
-    sinks = [Receiver(), Receiver()]
-    for it, sink in zip(asked, sinks, strict=True):
-        core.add(it, sink)
-    core.run()
-    core.check()
-    assert [s.tokens for s in sinks] == [dense(it, 97, 33) for it in asked]
-    assert core.stats().preemptions and core.arena.used_blocks == 0
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_f27_evict_what_nobody_uses(placement: Placement) -> None:
-    core, _ = engine(placement, num_blocks=12, block_tokens=4)
-    for number in range(6):
-        serve(core, number, [number + 1] * 16, max_tokens=5)
-    assert core.stats().preemptions == 0 and core.arena.stats().cached_blocks >= 8
-    reused = core.arena.stats().reused_tokens
-    serve(core, 6, [1] * 16, max_tokens=5)  # the oldest: given up long ago
-    assert core.arena.stats().reused_tokens == reused
-    serve(core, 7, [6] * 16, max_tokens=5)  # one of the newest
-    assert core.arena.stats().reused_tokens > reused
-
-
-def swapping(budget_bytes: int, **options: Any) -> tuple[EngineCore, Any]:
-    core, backend = engine("run", num_blocks=8, block_tokens=4, prefix_caching=False, **options)
-    core.swap.mode = "swap"
-    core.swap.budget_bytes = budget_bytes
-    return core, backend
-
-
-def test_f91_swapped_sequences_come_back_with_what_they_had() -> None:
-    core, backend = swapping(1 << 20)
-    asked = [request(i, [i + 1] * 8, max_tokens=20) for i in range(2)]
-    sinks = [Receiver(), Receiver()]
-    for it, sink in zip(asked, sinks, strict=True):
-        core.add(it, sink)
-    core.run()
-    core.check()
-    assert [s.tokens for s in sinks] == [dense(it, 97, 33) for it in asked]
-    ops = [op for plan in backend.plans for op in plan.moves]
-    out = [op for op in ops if isinstance(op, SwapOut)]
-    back = [op for op in ops if isinstance(op, SwapIn)]
-    assert len(out) == len(back) == core.stats().swaps == core.stats().preemptions > 0
-    assert computed(core) == 16  # nothing twice
-    assert core.swap.used_bytes == 0 and not backend.inner._swapped
-
-
-def test_f91_the_budget_of_host_memory_holds() -> None:
-    core, _ = swapping(8 * 16 - 1)  # a byte less than eight tokens take
-    for number in range(2):
-        core.add(request(number, [number + 1] * 8, max_tokens=20), Receiver())
-    core.run()
-    assert core.stats().preemptions > core.stats().swaps == 0
-
-
-def test_f91_an_aborted_request_leaves_no_copy() -> None:
-    core, backend = swapping(1 << 20)
-    for number in range(2):
-        core.add(request(number, [number + 1] * 8, max_tokens=20), Receiver())
-    while not core.stats().swaps:
-        core.step()
-    assert core.swap.used_bytes
-    core.abort(1)
-    core.run()
-    assert any(isinstance(op, SwapDrop) for plan in backend.plans for op in plan.moves)
-    assert core.swap.used_bytes == 0 and not backend.inner._swapped
-
-
-def test_f91_a_failed_step_loses_the_copies_and_nothing_else() -> None:
-    core, backend = swapping(1 << 20)
-    asked = [request(i, [i + 1] * 8, max_tokens=20) for i in range(2)]
-    sinks = [Receiver(), Receiver()]
-    for it, sink in zip(asked, sinks, strict=True):
-        core.add(it, sink)
-    while not core.stats().swaps:
-        core.step()
-    core.step()
-    core.step()
+def test_f78_a_failed_save_leaves_the_queue_alone() -> None:
+    core, backend = engine("run", block_tokens=4)
+    it, sink = request(0, [5] * 9, max_tokens=4), Receiver()
+    core.add(it, sink)
 
     def fail(call: str, step: int) -> None:
-        raise RuntimeError("the device is gone")
+        raise RuntimeError("once")
 
     backend.fault = fail
-    core.step()
+    with pytest.raises(EngineError, match="the step failed: once"):
+        export_prefix(core, [1, 2, 3, 4])
     backend.fault = lambda call, step: None
-    assert sinks[0].finish is FinishReason.ERROR and sinks[1].finish is None and core.swap.used_bytes == 0
     core.run()
     core.check()
-    assert sinks[1].tokens == dense(asked[1], 97, 33)
+    assert sink.tokens == dense(it, 97, 4096)
 
 
-def test_f91_the_cheaper_way_is_chosen() -> None:
-    policy = SwapPolicy(null_backend().model, 16, 1 << 20)
-    assert policy.bytes_of(10) == 160
-    assert not policy.wants(10)  # no prompt was timed yet
-    policy.observe_prefill(100, 1.0)  # 10 ms a token; 32 bytes at 1 GB/s are nothing
-    assert policy.wants(10)
-    for _ in range(60):
-        policy.observe_swap(16, 1.0)
-    assert not policy.wants(10)
-    policy.observe_prefill(1, 1000.0)  # says nothing about the price of a token
-    assert policy.prefill_s_per_token == pytest.approx(0.01)
-    policy.mode = "swap"
-    assert policy.wants(10) and not policy.wants(0)
-    policy.take(65_530)
-    assert policy.used_bytes == 65_530 * 16 and policy.wants(6) and not policy.wants(7)
-    policy.give_back(65_530)
-    assert policy.used_bytes == 0
-    policy.mode = "recompute"
-    assert not policy.wants(10)
-    ringed = SwapPolicy(null_backend(window=20).model, 16, 1 << 20)
-    assert ringed.bytes_of(10) == 2 * 160 and ringed.bytes_of(100) == 1600 + 32 * 16
+def test_f83_a_whole_block_is_worth_waiting_for() -> None:
+    core, backend = engine("run", block_tokens=4, num_blocks=200, seqs=4, budget=8)
+    for number, shared in enumerate((20, 12, 11)):  # after one step 8 are there: 4 more are a block, 3 are not
+        core.add(request(number, [1] * shared + [number + 2] * 9, max_tokens=1), Receiver())
+    core.run()
+    first = {row.seq_id: plan.step for plan in reversed(backend.plans) for row in plan.rows}
+    assert first[1] > 2
+    core, backend = engine("run", block_tokens=4, num_blocks=200, seqs=4, budget=8)
+    for number, shared in enumerate((20, 11)):
+        core.add(request(number, [1] * shared + [number + 2] * 9, max_tokens=1), Receiver())
+    core.step()
+    core.step()
+    assert core.scheduler.num_running == 2  # admitted while the first is still being computed
+
+
+def test_a_prompt_moves_on_however_many_decode() -> None:
+    core, _ = engine("run", block_tokens=4, num_blocks=200, seqs=4, budget=1)
+    core.add(request(0, [1], max_tokens=300), Receiver())
+    core.step()
+    core.step()
+    sink = Receiver()
+    core.add(request(1, [2] * 6, max_tokens=1), sink)
+    for _ in range(20):
+        core.step()
+    assert sink.finish is not None
+    core.run()
+    core.check()
+
+
+def test_no_token_left_is_refused() -> None:
+    core, _ = engine("run", vocab_size=7)
+    with pytest.raises(InvalidRequestError, match="stop_token_ids: has all 7 tokens of the vocabulary"):
+        core.add(request(0, [1, 2], max_tokens=4, min_tokens=2, stop_token_ids=list(range(7))), Receiver())

@@ -87,6 +87,19 @@ def test_f21_the_smallest_pool_says_how_far_a_sequence_gets(placement: Placement
     world.end()
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_f70_spare_blocks_are_those_of_the_full_layers(placement: Placement) -> None:
+    """A ring's pool is as small as the windows are: what is spared for growth there would keep everybody out."""
+    world = World(16, 4, placement, rings=[Ring(8, 3)])
+    with pytest.raises(ArenaFullError, match="8 tokens need 2 blocks of 4, and 15 to spare; 16 of 16 are free"):
+        world.arena.admit(8, None, (), 15)
+    world.admit(text(0, 8), spare=14)
+    with pytest.raises(ArenaFullError, match="5 tokens need 2 blocks of 4 of the ring of 8 tokens; 1 of 3 are free"):
+        world.arena.admit(5, None, (), 3)
+    world.admit(text(0, 4), spare=13)
+    world.end()
+
+
 def test_rings_that_cannot_be_are_refused() -> None:
     for window in (0, -3):
         with pytest.raises(ArenaError, match=f"a ring's window is {window}; must be at least 1"):

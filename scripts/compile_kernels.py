@@ -1,0 +1,278 @@
+"""Compile the Triton kernels for GPUs that need not be here, and see what the machine code is like.
+
+    python scripts/compile_kernels.py              print the figures and compare them with the limits
+    python scripts/compile_kernels.py --write      make them the new limits: tests/kernels/limits.json
+
+The real launchers run, with a driver that knows an architecture and has no device; what they would start is compiled.
+ptxas, cuobjdump and nvdisasm come with triton. Every line of the modules' tables of tile sizes is compiled.
+
+Nothing may spill registers or take more shared memory than a program can have. Against the limits, which hold for one
+version of triton: no more registers or shared memory, no fewer 16-byte loads, the same kind of tensor-core products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from cortexstream.kernels.triton.decode_attention import Config, choose_config, decode_attention
+from cortexstream.kernels.triton.decode_splits import split_offsets
+from cortexstream.kernels.triton.kv_append import kv_append
+from cortexstream.kernels.triton.prefill_attention import choose_config as choose_prefill_config
+from cortexstream.kernels.triton.prefill_attention import prefill_attention, query_tiles
+from cortexstream.kernels.triton.rms_norm import rms_norm
+from cortexstream.kernels.triton.rope_append import rope_append
+
+LIMITS = Path(__file__).parents[1] / "tests" / "kernels" / "limits.json"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHITECTURES = (80, 90)
+SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024}  # that a program can have; 163 KiB on 8.0, but 99 on 8.6 to 12.0
+BRAIN, FLOAT = torch.bfloat16, torch.float32
+FP8 = {80: torch.float8_e5m2, 90: torch.float8_e4m3fn}  # 8.0 has no e4m3
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([.A-Z0-9_]*)", re.MULTILINE)
+
+
+class Figures(NamedTuple):
+    """What a compiled kernel is like."""
+
+    registers: int
+    shared_bytes: int
+    spills: int  # loads and stores of local memory
+    wide_loads: int  # instructions that load 16 bytes
+    products: str  # HGMMA (of warp groups, 9.0), HMMA, or "" without tensor cores
+
+
+class NoDevice:
+    """A driver for one architecture, enough to compile."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton keeps compiled kernels by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled(arch: int, launch: Callable[[], object]) -> list[Any]:
+    """Every kernel that `launch` would start on a GPU of this architecture, compiled; nothing is started."""
+    kernels: list[Any] = []
+    run = JITFunction.run
+
+    def record(self: Any, *args: Any, **kwargs: Any) -> None:
+        kernels.append(run(self, *args, **{**kwargs, "warmup": True}))
+
+    driver.set_active(NoDevice(arch))
+    JITFunction.run = record
+    try:
+        launch()
+    finally:
+        JITFunction.run = run
+        driver.set_active(None)
+    return kernels
+
+
+def figures(kernel: Any) -> Figures:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = tool("cuobjdump", "-res-usage", file.name)
+        code = tool("nvdisasm", "-c", file.name)
+    found = INSTRUCTION.findall(code)
+    names = [name for name, _ in found]
+    (registers,) = re.findall(r"REG:(\d+)", usage)
+    wide = sum(name in ("LDG", "LDGSTS") and ".128" in form for name, form in found)
+    products = next((name for name in ("HGMMA", "QGMMA", "HMMA") if name in names), "")
+    spills = names.count("LDL") + names.count("STL")
+    return Figures(int(registers), kernel.metadata.shared, spills, wide, products)
+
+
+def tool(name: str, *arguments: str) -> str:
+    return subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def arch_now() -> int:
+    """The architecture that `compiled` compiles for, inside of a launch."""
+    return int(driver.active.get_current_target().arch)
+
+
+# ---------------------------------------------------------------------------------------------------------- variants
+
+
+def decode(
+    heads: int, kv_heads: int, dim: int, value_dim: int | None = None, *, dtype: torch.dtype = BRAIN, fp8: bool = False,
+    page: int | None = 64, one_launch: bool = False, sinks: bool = False, max_tokens: int = 512, rows: int = 2,
+    config: Config | None = None, **options: Any,
+) -> Callable[[], object]:  # fmt: skip
+    def launch() -> object:
+        pool_dtype = FP8[arch_now()] if fp8 else dtype
+        value = value_dim or dim
+        q = torch.empty(rows, heads, dim, dtype=dtype)
+        k_pool = torch.empty(2048, kv_heads, dim, dtype=pool_dtype)
+        v_pool = torch.empty(2048, kv_heads, value, dtype=pool_dtype)
+        tables = torch.zeros(rows, 2048 // page if page else 1, dtype=torch.int32)
+        lengths = torch.zeros(rows, dtype=torch.int32)
+        line = config or choose_config(q, value)
+        if one_launch:
+            window = options.get("window")
+            options["offsets"] = split_offsets(lengths, max_tokens=max_tokens, split=line.split, window=window)
+        return decode_attention(
+            q, k_pool, v_pool, tables, lengths, block_tokens=page, max_tokens=max_tokens, config=line,
+            sinks=torch.empty(heads) if sinks else None, **options,
+        )  # fmt: skip
+
+    return launch
+
+
+def prefill(
+    heads: int, kv_heads: int, dim: int, value_dim: int | None = None, *, dtype: torch.dtype = BRAIN, fp8: bool = False,
+    page: int | None = 64, causal: bool = True, sinks: bool = False, tokens: int = 100, **options: Any,
+) -> Callable[[], object]:  # fmt: skip
+    def launch() -> object:
+        pool_dtype = FP8[arch_now()] if fp8 else dtype
+        value = value_dim or dim
+        q = torch.empty(tokens, heads, dim, dtype=dtype)
+        k_pool = torch.empty(2048, kv_heads, dim, dtype=pool_dtype)
+        v_pool = torch.empty(2048, kv_heads, value, dtype=pool_dtype)
+        tables = torch.zeros(1, 2048 // page if page else 1, dtype=torch.int32)
+        block_m = choose_prefill_config(q, value).block_m
+        tiles = query_tiles(
+            [tokens], [tokens], sharing=heads // kv_heads, block_m=block_m, device=q.device, causal=causal
+        )  # fmt: skip
+        return prefill_attention(
+            q, k_pool, v_pool, tables, tiles, block_tokens=page, sinks=torch.empty(heads) if sinks else None, **options
+        )  # fmt: skip
+
+    return launch
+
+
+def append(
+    heads: int, dim: int, *, fp8: bool = False, rope: int = 0, q_heads: int = 0, norm: bool = False, tokens: int = 3
+) -> Callable[[], None]:  # fmt: skip
+    def launch() -> None:
+        pool_dtype = FP8[arch_now()] if fp8 else BRAIN
+        parts = torch.empty(tokens, (q_heads + 2 * heads) * dim, dtype=BRAIN)
+        q, k, v = (x.unflatten(1, (-1, dim)) for x in parts.split([q_heads * dim, heads * dim, heads * dim], 1))
+        k_pool, v_pool = (torch.empty(64, heads, dim, dtype=pool_dtype) for _ in range(2))
+        slots = torch.zeros(tokens, dtype=torch.int32)
+        if rope:
+            weight, table = torch.empty(dim, dtype=BRAIN) if norm else None, torch.empty(99, rope)
+            rope_append(
+                q, k, v, k_pool, v_pool, table, slots, slots, q_weight=weight, k_weight=weight, check=False
+            )  # fmt: skip
+        else:
+            kv_append(k, v, k_pool, v_pool, slots, check=False)
+
+    return launch
+
+
+def norm(dim: int, residual: bool = False) -> Callable[[], object]:
+    def launch() -> object:
+        x = torch.empty(3, dim, dtype=BRAIN)
+        return rms_norm(x, torch.empty(dim, dtype=BRAIN), 1e-6, residual=torch.empty_like(x) if residual else None)
+
+    return launch
+
+
+VARIANTS: dict[str, Callable[[], object]] = {  # name -> launch; heads/key heads x dim
+    "decode 32/32x64": decode(32, 32, 64),
+    "decode 32/8x128, two splits": decode(32, 8, 128, max_tokens=2048),
+    "decode 16/8x256": decode(16, 8, 256),
+    "decode 16/16x192,128": decode(16, 16, 192, 128),
+    "decode 64/8x64, window, cap, sinks": decode(64, 8, 64, window=128, softcap=50.0, sinks=True),
+    "decode 32/8x128, blocks of 16": decode(32, 8, 128, page=16),
+    "decode 32/8x128, runs": decode(32, 8, 128, page=None),
+    "decode 32/8x128, fp8": decode(32, 8, 128, fp8=True),
+    "decode 8/8x64, float32": decode(8, 8, 64, dtype=FLOAT),
+    "decode 8/8x128, float32": decode(8, 8, 128, dtype=FLOAT),
+    "decode 8/8x256, float32": decode(8, 8, 256, dtype=FLOAT),
+    "decode 32/32x64, one launch": decode(32, 32, 64, one_launch=True),
+    "decode 32/8x128, one launch": decode(32, 8, 128, one_launch=True),
+    "decode 16/8x256, one launch": decode(16, 8, 256, one_launch=True),
+    "prefill 32/32x64": prefill(32, 32, 64),
+    "prefill 32/8x128": prefill(32, 8, 128),
+    "prefill 16/8x256": prefill(16, 8, 256),
+    "prefill 16/16x192,128": prefill(16, 16, 192, 128),
+    "prefill 64/8x64, window, cap, sinks": prefill(64, 8, 64, window=128, softcap=50.0, sinks=True),
+    "prefill 32/8x128, blocks of 16": prefill(32, 8, 128, page=16),
+    "prefill 32/8x128, fp8": prefill(32, 8, 128, fp8=True),
+    "prefill 8/8x64, float32": prefill(8, 8, 64, dtype=FLOAT),
+    "prefill 8/8x128, float32": prefill(8, 8, 128, dtype=FLOAT),
+    "prefill 8/8x256, float32": prefill(8, 8, 256, dtype=FLOAT),
+    "append 8x128": append(8, 128),
+    "append 8x128, fp8": append(8, 128, fp8=True),
+    "rope and append 32/8x128, norms": append(8, 128, rope=128, q_heads=32, norm=True),
+    "rope and append 32/32x80, 32 turn": append(32, 80, rope=32, q_heads=32),
+    "norm 4096, residual": norm(4096, residual=True),
+    "norm 16384": norm(16384),
+}
+
+
+def measured(arch: int, name: str) -> dict[str, Figures]:
+    """The figures of each kernel of a variant, by "sm_90 variant: kernel"."""
+    return {f"sm_{arch} {name}: {kernel.name}": figures(kernel) for kernel in compiled(arch, VARIANTS[name])}
+
+
+def faults(name: str, got: Figures, limits: dict[str, Any]) -> list[str]:
+    """What is wrong with a kernel's figures, as sentences; `limits` is what LIMITS holds."""
+    found = []
+    if got.spills:
+        found.append(f"{got.spills} instructions spill registers")
+    if got.shared_bytes > SHARED_BYTES[int(name[3:5])]:
+        found.append(f"{got.shared_bytes} bytes of shared memory are more than a program can have")
+    if limits["triton"] != triton.__version__:
+        return found  # another compiler
+    if name not in limits["kernels"]:
+        return [*found, "no limits are recorded: run scripts/compile_kernels.py --write"]
+    limit = Figures(**limits["kernels"][name])
+    for field in ("registers", "shared_bytes"):
+        if getattr(got, field) > getattr(limit, field):
+            found.append(f"{field} {getattr(got, field)} above the limit {getattr(limit, field)}")
+    if got.wide_loads < limit.wide_loads:
+        found.append(f"wide_loads {got.wide_loads} below the limit {limit.wide_loads}")
+    if got.products != limit.products:
+        found.append(f"products {got.products or 'without tensor cores'}, not {limit.products}")
+    return found
+
+
+def main() -> int:
+    """Print a line a kernel: registers, bytes of shared memory, spills, 16-byte loads, tensor-core products."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="record the figures as the new limits")
+    arguments = parser.parse_args()
+    limits = {"triton": ""} if arguments.write else json.loads(LIMITS.read_text())
+    found, kernels = 0, {}
+    for arch in ARCHITECTURES:
+        for variant in VARIANTS:
+            for name, got in measured(arch, variant).items():
+                kernels[name] = got._asdict()
+                print(
+                    f"{name:66} {got.registers:4} {got.shared_bytes:7} {got.spills:3} {got.wide_loads:4} {got.products}"
+                )
+                for problem in faults(name, got, limits):
+                    found += 1
+                    print(f"    {problem}")
+    if arguments.write and not found:
+        LIMITS.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1) + "\n")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
