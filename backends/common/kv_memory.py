@@ -85,7 +85,7 @@ class KVMemory:
     def check_row(self, kv: KVRows, start: int, count: int) -> None:
         """Raises EngineError when a row's blocks do not hold positions start .. start + count - 1."""
         for pool, rows in self._rows(kv):
-            pool.slots(rows, start, count)
+            pool.check(rows, start, count)
 
     def check_ops(self, ops: Sequence[MemoryOp]) -> None:
         """Raises EngineError for the first of `ops` that could not be executed after the ones before it."""

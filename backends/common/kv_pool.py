@@ -41,6 +41,12 @@ class KVPool:
     def nbytes(self) -> int:
         return sum(store.nbytes for store in self._stores)
 
+    def keys(self, layer: int) -> Store:
+        return self._keys[layer]
+
+    def values(self, layer: int) -> Store:
+        return self._values[layer]
+
     def held(self, num_tokens: int) -> int:
         """Slots that a row of `num_tokens` tokens uses."""
         return num_tokens if self.ring_tokens is None else min(num_tokens, self.ring_tokens)
@@ -50,9 +56,14 @@ class KVPool:
 
         Raises EngineError when the blocks do not hold positions 0 .. start + count - 1, or the ring's part of them.
         """
-        self._check(kv, start, count)
+        self.check(kv, start, count)
         positions = np.arange(start, start + count)
         return self._where(kv, positions if self.ring_tokens is None else positions % self.ring_tokens)
+
+    def slot(self, kv: KVRows, position: int) -> int:
+        """The slot of one position of checked blocks."""
+        offset = position if self.ring_tokens is None else position % self.ring_tokens
+        return kv.blocks[offset // self.block_tokens] * self.block_tokens + offset % self.block_tokens
 
     def where(self, kv: KVRows, start: int, count: int) -> slice | Slots:
         """The same slots, as a slice if they are adjacent and rising."""
@@ -60,6 +71,21 @@ class KVPool:
         if count and kv.contiguous and slots[-1] - slots[0] == count - 1:
             return slice(slots[0], slots[0] + count)
         return slots
+
+    def check(self, kv: KVRows, start: int, count: int) -> None:
+        """Raises EngineError as `slots` does."""
+        end, capacity = start + count, len(kv.blocks) * self.block_tokens
+        if start < 0 or count < 0 or self.held(end) > capacity:
+            blocks = f"{len(kv.blocks)} blocks of {self.block_tokens} tokens"
+            positions = f"positions {start} to {end - 1}"
+            if self.window is None:
+                raise EngineError(f"{positions} are outside {blocks}")
+            raise EngineError(
+                f"{positions} need {self.held(end)} slots of a ring of window {self.window}; it has {blocks}"
+            )
+        if kv.blocks and (min(kv.blocks) < 0 or max(kv.blocks) >= self.num_blocks):
+            outside = next(block for block in kv.blocks if not 0 <= block < self.num_blocks)
+            raise EngineError(f"block {outside} is outside the {self.num_blocks} blocks of {self._name}")
 
     def append(self, layer: int, slots: Slots, k: Any, v: Any) -> None:
         """Write k and v [T, heads, dim] into `slots` [T]."""
@@ -115,20 +141,6 @@ class KVPool:
     @property
     def _name(self) -> str:
         return "the KV memory" if self.window is None else f"the KV memory of window {self.window}"
-
-    def _check(self, kv: KVRows, start: int, count: int) -> None:
-        end, capacity = start + count, len(kv.blocks) * self.block_tokens
-        if start < 0 or count < 0 or self.held(end) > capacity:
-            blocks = f"{len(kv.blocks)} blocks of {self.block_tokens} tokens"
-            positions = f"positions {start} to {end - 1}"
-            if self.window is None:
-                raise EngineError(f"{positions} are outside {blocks}")
-            raise EngineError(
-                f"{positions} need {self.held(end)} slots of a ring of window {self.window}; it has {blocks}"
-            )
-        outside = [block for block in kv.blocks if not 0 <= block < self.num_blocks]
-        if outside:
-            raise EngineError(f"block {outside[0]} is outside the {self.num_blocks} blocks of {self._name}")
 
     def _where(self, kv: KVRows, offsets: npt.NDArray[np.int64]) -> Slots:
         """Slots of a row's offsets: counted through its blocks as positions are."""

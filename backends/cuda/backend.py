@@ -7,12 +7,12 @@ them alone. On a CPU `submit` computes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 
 from cortexstream.backend import BackendInfo, BackendOptions, LayerState, ModelInfo, WarmupReport
@@ -20,9 +20,11 @@ from cortexstream.backends.common.checkpoint import eos_token_ids, read_config
 from cortexstream.backends.common.kv_format import kv_quantization
 from cortexstream.backends.common.kv_memory import KVMemory
 from cortexstream.backends.common.memory import host_memory_bytes
-from cortexstream.backends.cuda.attention import Span, StepAttention
-from cortexstream.backends.cuda.models import DTYPES, LoadedModel, forward, load
+from cortexstream.backends.cuda.kernels import Kernels, choose
+from cortexstream.backends.cuda.models import DTYPES, LoadedModel, load
+from cortexstream.backends.cuda.runner import Runner
 from cortexstream.backends.cuda.sample import bias, sample
+from cortexstream.backends.cuda.step import LastDraws, upload
 from cortexstream.backends.cuda.store import store_maker
 from cortexstream.errors import BackendUnavailableError, EngineError, InvalidRequestError, ModelLoadError
 from cortexstream.plan import PENDING, KVRows, PlanRow, RowResult, SampleSpec, StepPlan, StepResult
@@ -41,15 +43,6 @@ def inference(method: F) -> F:
     return wrapped
 
 
-class Drawn(NamedTuple):
-    """What the sampling rows of a step drew, on the device, in the order of `slots`."""
-
-    slots: dict[int, int]  # slot -> index
-    seq_ids: tuple[int, ...]
-    tokens: torch.Tensor  # int64 [rows]
-    broken: torch.Tensor  # bool [rows]: nothing could be drawn
-
-
 class CudaTicket(NamedTuple):
     """A step in flight. `host` holds its tokens and flags once `done` has happened."""
 
@@ -62,8 +55,9 @@ class CudaTicket(NamedTuple):
 
 
 class CudaBackend:
-    """See the module's docstring. Option in `extra`: device ("cuda", "cuda:1", "cpu"; by default a GPU if there is
-    one)."""
+    """See the module's docstring. Options in `extra`: device ("cuda", "cuda:1", "cpu"; by default a GPU if there is
+    one), kernels ("triton" or "torch"; by default Triton's on a GPU) and cuda_graphs (True or False; by default where
+    Triton's kernels run on a GPU)."""
 
     def __init__(self, options: BackendOptions) -> None:
         if options.model is None:
@@ -72,12 +66,16 @@ class CudaBackend:
             raise InvalidRequestError("kv_layout", "is 'run'; the cuda backend's attention reads block tables: 'paged'")
         if options.dtype not in ("auto", *DTYPES):
             raise InvalidRequestError("dtype", f"is {options.dtype!r}; must be auto, {', '.join(DTYPES)}")
-        unknown = sorted(set(options.extra) - {"device"})
+        unknown = sorted(set(options.extra) - {"device", "kernels", "cuda_graphs"})
         if unknown:
-            raise InvalidRequestError("backend_options", f"has {unknown[0]!r}; the cuda backend knows device")
+            raise InvalidRequestError(
+                "backend_options", f"has {unknown[0]!r}; the cuda backend knows device, kernels and cuda_graphs"
+            )
         self._device = _device(options.extra.get("device"))
+        block_tokens = options.block_tokens or BLOCK_TOKENS
+        self._kernels: Kernels = choose(options.extra, self._device, block_tokens)
         folder = Path(options.model)
-        loaded = load(folder, options.dtype, self._device)
+        loaded = load(folder, options.dtype, self._device, self._kernels.ops)
         self._loaded: LoadedModel | None = loaded
         weights = sum(p.nbytes for p in {p.data_ptr(): p for p in loaded.model.parameters()}.values())
         self.model = ModelInfo(
@@ -89,13 +87,15 @@ class CudaBackend:
         gpu = self._device.type == "cuda"
         self.info = BackendInfo(
             name="cuda", device=torch.cuda.get_device_name(self._device) if gpu else "CPU (torch)", kv_layout="paged",
-            block_tokens=options.block_tokens or BLOCK_TOKENS, memory_bytes=_free_bytes(self._device),
+            block_tokens=block_tokens, memory_bytes=_free_bytes(self._device),
             dtype=str(loaded.dtype).removeprefix("torch."), memory_share=0.8 if gpu else 0.25,
+            notes=self._kernels.notes,
         )  # fmt: skip
         self._memory: KVMemory | None = None
         self._in_flight: deque[CudaTicket] = deque()
         self._last_step = -1
-        self._drawn: Drawn | None = None
+        self._last = LastDraws(options.max_num_seqs, self._device)
+        self._run_rows: Runner | None = None
 
     def allocate_kv(self, num_blocks: int, ring_blocks: tuple[int, ...] = ()) -> int:
         """Make the zero-filled KV pools; returns their bytes. Raises OutOfMemoryBudgetError, EngineError if misused."""
@@ -106,6 +106,8 @@ class CudaBackend:
             store_maker(loaded.dtype, self._device), self.model, (num_blocks, *ring_blocks), self.info.block_tokens,
             _free_bytes(self._device), self.info.device,
         )  # fmt: skip
+        self._run_rows = Runner(loaded, self._memory, self._last, self._kernels, self._device)
+        self._capture(1)  # now, so that a model that cannot be captured is known from the start
         return self._memory.nbytes
 
     @inference
@@ -145,7 +147,7 @@ class CudaBackend:
 
     def reset(self) -> None:
         self._in_flight.clear()
-        self._drawn = None
+        self._last.forget()
         if self._memory is not None:
             self._memory.forget()
 
@@ -172,6 +174,10 @@ class CudaBackend:
         if self._in_flight:
             raise EngineError(f"warm-up needs an idle backend; step {self._in_flight[0].step} waits to be collected")
         spec, steps = SampleSpec(), []
+        if self._kernels.graphs:
+            began_s = perf_counter()
+            self._capture(batch)
+            steps.append((f"CUDA graphs for up to {batch} rows", perf_counter() - began_s))
         prefill = PlanRow(0, 0, (0,) * prompt_tokens, 0, kv, spec)
         decode = [PlanRow(slot, slot, (0,), prompt_tokens, kv, spec) for slot in range(batch)]
         for name, rows in ((f"prefill of {prompt_tokens} tokens", [prefill]), (f"decode of {batch} rows", decode)):
@@ -180,7 +186,7 @@ class CudaBackend:
             if ticket.done is not None:
                 ticket.done.synchronize()
             steps.append((name, perf_counter() - began_s))
-        self._drawn = None
+        self._last.forget()
         return WarmupReport(tuple(steps))
 
     def memory_addresses(self) -> list[int]:
@@ -188,15 +194,17 @@ class CudaBackend:
 
     def close(self) -> None:
         """Drop weights and KV. Idempotent."""
-        self._loaded = self._memory = self._drawn = None
+        self._loaded = self._memory = self._run_rows = None
         self._in_flight.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _check(self, plan: StepPlan, memory: KVMemory) -> None:
-        slots = [row.slot for row in plan.rows]
+        slots = sorted(row.slot for row in plan.rows)
         if len(set(slots)) != len(slots):
-            raise EngineError(f"step {plan.step} has two rows for one slot: {sorted(slots)}")
+            raise EngineError(f"step {plan.step} has two rows for one slot: {slots}")
+        if slots and not 0 <= slots[0] <= slots[-1] < len(self._last):
+            raise EngineError(f"step {plan.step} has slots {slots}; there are {len(self._last)}")
         for row in plan.rows:
             known = row.tokens[:-1] if row.tokens[-1:] == (PENDING,) else row.tokens
             outside = [token for token in known if not 0 <= token < self.model.vocab_size]
@@ -206,84 +214,45 @@ class CudaBackend:
                 )
             if row.sample is not None and PENDING in row.sample.output_tokens[:-1]:
                 raise EngineError(f"row {row.seq_id} has a pending output token before the last one")
-            self._pending(row)
+            self._waits(row)
             memory.check_row(row.kv, row.start, len(row.tokens))
         memory.check_ops(plan.moves)
 
-    def _pending(self, row: PlanRow) -> int | None:
-        """Where among the last draws the token is that PENDING stands for in this row; None if it has none."""
+    def _waits(self, row: PlanRow) -> bool:
+        """Does a row go on from a draw that the host has not seen? Raises EngineError if there is none."""
         if row.tokens[-1] != PENDING and (row.sample is None or PENDING not in row.sample.output_tokens):
-            return None
-        place = None if self._drawn is None else self._drawn.slots.get(row.slot)
-        if self._drawn is None or place is None or self._drawn.seq_ids[place] != row.seq_id:
+            return False
+        if not self._last.has(row.slot, row.seq_id):
             raise EngineError(
                 f"row {row.seq_id} has a pending token, but its slot {row.slot} drew none in the step before"
             )
-        return place
+        return True
 
     def _run(self, step: int, rows: tuple[PlanRow, ...], memory: KVMemory) -> CudaTicket:
         """The forward pass and the draws of checked rows."""
+        waits = {row.slot: self._waits(row) for row in rows}
         sampling = tuple(row for row in rows if row.sample is not None)
         if not rows:
-            self._drawn = None
+            self._last.forget()
             return CudaTicket(step, (), None, None, None, 0.0)
-        loaded, device = self._model(), self._device
-        places = [self._pending(row) for row in rows]
-        spans, ends, end = [], [], 0
-        for row in rows:
-            spans.append(Span(row.kv, row.start, slice(end, end + len(row.tokens))))
-            end += len(row.tokens)
-            if row.sample is not None:
-                ends.append(end - 1)
-        tokens = torch.tensor([max(token, 0) for row in rows for token in row.tokens], device=device)
-        carried = torch.zeros(len(rows), dtype=torch.bool, device=device)  # its last draw was none: it cannot go on
-        if self._drawn is not None and any(place is not None for place in places):
-            tokens, carried = self._fill(tokens, rows, places, spans, self._drawn)
-        positions = torch.from_numpy(np.concatenate([row.start + np.arange(len(row.tokens)) for row in rows]))
-        loaded.seat.attend = StepAttention(memory, spans)
-        try:
-            wanted = torch.tensor(ends or [end - 1], device=device)
-            logits = forward(loaded.model, tokens, positions.to(device), wanted).float()
-        finally:
-            loaded.seat.attend = None
+        logits = self._runner().logits(rows)
         if not sampling:
-            self._drawn = None
+            self._last.forget()
             return CudaTicket(step, (), None, None, self._event(), 0.0)
-        drawing = [i for i, row in enumerate(rows) if row.sample is not None]
-        return self._draw(step, sampling, [places[i] for i in drawing], logits, carried[drawing])
+        return self._draw(step, sampling, [waits[row.slot] for row in sampling], logits)
 
-    def _fill(
-        self, tokens: torch.Tensor, rows: Sequence[PlanRow], places: list[int | None], spans: list[Span], drawn: Drawn
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put drawn tokens where a row feeds PENDING; also which rows cannot go on."""
-        pairs = [
-            (span.where.stop - 1, place)
-            for row, place, span in zip(rows, places, spans, strict=True)
-            if place is not None and row.tokens[-1] == PENDING
-        ]
-        if pairs:
-            at, source = (torch.tensor(side, device=tokens.device) for side in zip(*pairs, strict=True))
-            tokens[at] = drawn.tokens[source]
-        index = torch.tensor([0 if place is None else place for place in places], device=tokens.device)
-        waits = torch.tensor([place is not None for place in places], device=tokens.device)
-        return tokens, drawn.broken[index] & waits
-
-    def _draw(
-        self,
-        step: int,
-        rows: tuple[PlanRow, ...],
-        places: list[int | None],
-        logits: torch.Tensor,
-        carried: torch.Tensor,
-    ) -> CudaTicket:
+    def _draw(self, step: int, rows: tuple[PlanRow, ...], waits: list[bool], logits: torch.Tensor) -> CudaTicket:
+        """`logits` float32 [rows, vocabulary]; `waits` are the rows that go on from an unseen draw."""
         specs = [row.sample for row in rows if row.sample is not None]
-        last = self._drawn
-        pending = [None if p is None or last is None else last.tokens[p] for p in places]
+        slots, waiting = upload(self._device, [row.slot for row in rows], waits)
+        before = self._last.tokens[slots]
+        carried = self._last.broken[slots] & waiting.bool()  # its last draw was none: it cannot go on
+        pending = [before[i] if wait else None for i, wait in enumerate(waits)]
         usable = torch.isfinite(bias(logits, specs).amax(-1))  # a NaN is the maximum of its row
         positions = [row.start + len(row.tokens) for row in rows]
         tokens = sample(torch.where(usable[:, None], logits, 0.0), specs, positions, pending)
         broken = ~usable | carried
-        self._drawn = Drawn({row.slot: i for i, row in enumerate(rows)}, tuple(r.seq_id for r in rows), tokens, broken)
+        self._last.record(rows, slots, tokens, broken)
         logprobs = None
         if any(spec.logprobs is not None for spec in specs):
             logprobs = torch.log_softmax(logits, dim=-1)
@@ -292,6 +261,13 @@ class CudaBackend:
             pinned = torch.empty(host.shape, dtype=host.dtype, pin_memory=True)
             host = pinned.copy_(host, non_blocking=True)
         return CudaTicket(step, rows, host, logprobs, self._event(), 0.0)
+
+    @inference
+    def _capture(self, batch: int) -> None:
+        self._runner().capture(batch)
+        new = [note for note in self._runner().notes if note not in self.info.notes]
+        if new:
+            self.info = replace(self.info, notes=(*self.info.notes, *new))
 
     def _event(self) -> Any:
         if self._device.type != "cuda":
@@ -304,6 +280,11 @@ class CudaBackend:
         if self._loaded is None:
             raise EngineError("the backend is closed")
         return self._loaded
+
+    def _runner(self) -> Runner:
+        self._ready()
+        assert self._run_rows is not None
+        return self._run_rows
 
     def _ready(self) -> KVMemory:
         self._model()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +12,12 @@ import transformers
 from cortexstream.backend import LayerKV
 from cortexstream.backends.common.affine import dense_weights
 from cortexstream.backends.common.checkpoint import check_weights, read_config, read_weights
-from cortexstream.backends.cuda.attention import NAME, Options, Seat, register, take_seats
+from cortexstream.backends.cuda.attention import NAME, Options, Rotary, Seat, register, take_seats
+from cortexstream.backends.cuda.fused import Ops
+from cortexstream.backends.cuda.rewrites import rewrite
 from cortexstream.errors import ModelLoadError
+
+log = logging.getLogger("cortexstream")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REFUSED_LAYERS = {"chunked_attention": "attends within chunks", "linear_attention": "keeps a recurrent state"}
@@ -27,11 +32,12 @@ class LoadedModel(NamedTuple):
     dtype: torch.dtype
     max_context_tokens: int
     vocab_size: int
+    rewrites: dict[str, int]  # how often each structural rewrite was made
 
 
-def load(folder: Path, dtype: str, device: torch.device) -> LoadedModel:
+def load(folder: Path, dtype: str, device: torch.device, ops: Ops) -> LoadedModel:
     """Load a Hugging Face folder, or one that mlx-lm quantised, in `dtype` ("auto": the checkpoint's on a GPU, float32
-    on a CPU).
+    on a CPU), with the structural rewrites that it allows, made of `ops`.
 
     Raises ModelLoadError for a broken folder, an unknown architecture, or one whose layers keep a state other than
     keys and values, or attend in a way that is not known here.
@@ -56,7 +62,17 @@ def load(folder: Path, dtype: str, device: torch.device) -> LoadedModel:
     seat = Seat()
     take_seats(model, seat)
     layers, vocab_size = _probe(model, seat, settings, device, name)
-    return LoadedModel(model, seat, layers, kind, _context(settings, name), vocab_size)
+    context = _context(settings, name)
+
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        """At positions that are far apart, so that a wrong rotation shows."""
+        apart = min(37, context // len(tokens))
+        return forward(model, tokens, apart * torch.arange(len(tokens), device=device))
+
+    with torch.inference_mode():
+        made = rewrite(model, seat, ops, logits)
+    log.info("%s: rewritten are %s", name, dict(made))
+    return LoadedModel(model, seat, layers, kind, context, vocab_size, dict(made))
 
 
 def _dtype(asked: str, settings: Any, device: torch.device) -> torch.dtype:
@@ -103,16 +119,16 @@ def _probe(model: Any, seat: Seat, settings: Any, device: torch.device, name: st
     seen: dict[int, LayerKV] = {}
 
     def look(
-        layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, options: Options
-    ) -> torch.Tensor:
+        layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary | None,
+        window: int | None, options: Options,
+    ) -> torch.Tensor:  # fmt: skip
         if layer in seen:
             raise ModelLoadError(f"{name}: layer {layer} attends twice, which is not supported")
         seen[layer] = LayerKV(k.shape[1], k.shape[2], v.shape[2], window)
         return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
 
-    seat.attend = look
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), seat.taken(look):
             logits = forward(model, torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, device=device))
     except ModelLoadError:
         raise
@@ -120,8 +136,6 @@ def _probe(model: Any, seat: Seat, settings: Any, device: torch.device, name: st
         raise ModelLoadError(
             f"{name}: this {settings.model_type} model cannot run one token: {short(error)}"
         ) from error
-    finally:
-        seat.attend = None
     layers = getattr(settings.get_text_config(), "num_hidden_layers", len(seen))
     if sorted(seen) != list(range(layers)):
         raise ModelLoadError(

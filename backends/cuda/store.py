@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from cortexstream.backend import KVQuantization
 from cortexstream.backends.common.kv_store import MakeStore, Slots, Store
 from cortexstream.backends.cuda.quantize import dequantize, quantize
+from cortexstream.kernels.torch.quantized_pool import QuantizedPool
 
 Floats = npt.NDArray[np.float32]
 
@@ -45,6 +47,17 @@ class TorchStore:
             self.parts += [torch.zeros(slots, heads, dim // group, dtype=dtype, device=device) for _ in range(2)]
 
     @property
+    def pool(self) -> torch.Tensor | QuantizedPool:
+        """As the Triton kernels take it."""
+        return self.parts[0] if self.quantization is None else QuantizedPool(*self.parts)
+
+    def empty(self, slots: int) -> TorchStore:
+        """A store like this one, for as many slots; its memory holds anything."""
+        store = copy(self)
+        store.parts = [part.new_empty(slots, *part.shape[1:]) for part in self.parts]
+        return store
+
+    @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
@@ -70,8 +83,8 @@ class TorchStore:
 
     def put(self, slots: Slots, copies: list[torch.Tensor]) -> None:
         where = self._index(slots)
-        for part, copy in zip(self.parts, copies, strict=True):
-            part[where] = copy.to(part.device)
+        for part, kept in zip(self.parts, copies, strict=True):
+            part[where] = kept.to(part.device)
 
     def to_host(self, slots: Slots) -> Floats:
         numbers: Floats = self.read(slots).float().cpu().numpy()

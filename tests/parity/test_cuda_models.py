@@ -40,7 +40,7 @@ class Hand:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from cortexstream.backends.cuda import create
 
-        module: Any = import_module("cortexstream.backends.cuda.backend")
+        module: Any = import_module("cortexstream.backends.cuda.runner")
         self.backend = create(BackendOptions(str(folder), block_tokens=BLOCK, extra={"device": "cpu"}))
         windows = self.backend.model.windows
         self._rings = [ring_tokens(w, BLOCK) // BLOCK for w in windows]

@@ -1,0 +1,217 @@
+"""Structural rewrites: parts of transformers' models, found by what they do, replaced by ones with fewer launches.
+
+Nothing is believed. A norm or an MLP is replaced if its replacement gives the same numbers for random input; what is
+changed in attention modules is kept if the whole model gives the same logits. What does not pass stays as it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from cortexstream.backends.cuda.attention import SEAT, Norm, Options, Rotary, Seat
+from cortexstream.backends.cuda.fused import FirstPart, FusedLinear, FusedMLP, FusedNorm, Ops, OtherPart
+from cortexstream.backends.cuda.torch_attention import finish
+from cortexstream.kernels.torch.attention import attention
+from cortexstream.kernels.torch.swiglu import ACTIVATIONS
+
+log = logging.getLogger("cortexstream")
+
+ROTARY = "apply_rotary_pos_emb"
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of the largest number
+CHECK_TOKENS = 16
+
+
+def rewrite(model: nn.Module, seat: Seat, ops: Ops, logits: Callable[[torch.Tensor], torch.Tensor]) -> Counter[str]:
+    """Rewrite `model` in place; returns how often each rewrite was made. `logits` runs the model on flat tokens [T]."""
+    made: Counter[str] = Counter()
+    for parent, name, child in list(_children(model)):
+        for kind, replace in (("norm", _norm), ("mlp", _mlp)):
+            new = replace(child, ops)
+            if new is not None:
+                setattr(parent, name, new)
+                made[kind] += 1
+                break
+    made["qkv"] = _kept(model, seat, logits, [_fuse_projections])
+    made["rotary"] = _kept(model, seat, logits, [_defer_norms_too, _defer])
+    return made
+
+
+Undo = Callable[[], None]
+Change = Callable[[nn.Module, Seat], Undo | None]
+
+
+def _kept(
+    model: nn.Module, seat: Seat, logits: Callable[[torch.Tensor], torch.Tensor], changes: Sequence[Change]
+) -> int:
+    """Try changes of all attention modules, one after the other, until the model gives the logits that it gave before;
+    returns how many modules were changed. What is not kept is undone."""
+    tokens = torch.arange(CHECK_TOKENS, device=next(model.parameters()).device)
+    with seat.taken(_attend_alone):
+        wanted = logits(tokens)
+        for change in changes:
+            undos = [undo for module in list(model.modules()) if (undo := change(module, seat)) is not None]
+            if undos and _same(logits, tokens, wanted):
+                return len(undos)
+            for undo in undos:
+                undo()
+    log.info("%s of %s stays as it is", changes[0].__name__, type(model).__name__)
+    return 0
+
+
+def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            yield parent, name, child
+
+
+def _norm(module: nn.Module, ops: Ops) -> nn.Module | None:
+    """The replacement of what may be a root-mean-square norm: one weight vector and an epsilon."""
+    parameters = dict(module.named_parameters())
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if list(parameters) != ["weight"] or parameters["weight"].ndim != 1 or not isinstance(eps, float):
+        return None
+    for unit_offset in (False, True):
+        new = FusedNorm(module.weight, eps, unit_offset, ops)
+        if _agree(module, new):
+            return new
+    return None
+
+
+def _mlp(module: nn.Module, ops: Ops) -> nn.Module | None:
+    """The replacement of what may be a gated MLP."""
+    down = getattr(module, "down_proj", None)
+    pair = getattr(module, "gate_proj", None), getattr(module, "up_proj", None)
+    joined = getattr(module, "gate_up_proj", None)
+    if not isinstance(down, nn.Linear):
+        return None
+    whole: nn.Module
+    if isinstance(joined, nn.Linear):
+        whole = joined
+    elif _alike(pair):
+        whole = FusedLinear(pair)
+    else:
+        return None
+    for activation in ACTIVATIONS:
+        new = FusedMLP(whole, down, activation, ops)
+        if _agree(module, new):
+            return new
+    return None
+
+
+def _fuse_projections(module: nn.Module, seat: Seat) -> Undo | None:
+    names = ("q_proj", "k_proj", "v_proj")
+    linears: Any = [getattr(module, name, None) for name in names]
+    if not _alike(linears):
+        return None
+    whole = FusedLinear(linears)
+    for linear, weight in zip(linears, whole.weight.split(whole.sizes), strict=True):
+        linear.weight.data = weight  # in case they come back; nothing is held twice
+    first = FirstPart(whole, whole.sizes)
+    parts: list[nn.Module] = [first, OtherPart(first, 1), OtherPart(first, 2)]
+    for name, part in zip(names, parts, strict=True):
+        setattr(module, name, part)
+
+    def undo() -> None:
+        for name, linear in zip(names, linears, strict=True):
+            setattr(module, name, linear)
+
+    return undo
+
+
+def _alike(linears: Any) -> bool:
+    """Are these linear layers of one input, all with a bias or none?"""
+    if not all(type(linear) is nn.Linear for linear in linears):
+        return False
+    return len({(linear.in_features, linear.bias is None, linear.weight.dtype) for linear in linears}) == 1
+
+
+def _agree(old: nn.Module, new: nn.Module) -> bool:
+    """Do both give the same for random input as wide as the first weight takes?"""
+    weight = next(old.parameters())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
+    try:
+        return _close(old(x), new(x))
+    except (RuntimeError, TypeError, ValueError):  # it takes something else: not what it looked like
+        return False
+
+
+def _close(old: Any, new: Any) -> bool:
+    if not isinstance(old, torch.Tensor) or old.shape != new.shape:
+        return False
+    difference = (old.float() - new.float()).abs().max()
+    return bool(difference <= TOLERANCE[old.dtype] * old.float().abs().max().clamp_min(1e-6))
+
+
+def _same(logits: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, wanted: torch.Tensor) -> bool:
+    try:
+        return _close(wanted, logits(tokens))
+    except (RuntimeError, TypeError, ValueError):
+        return False
+
+
+def _forward_of(module: nn.Module) -> FunctionType:
+    """A module's own forward function, without decorators."""
+    function: FunctionType = inspect.unwrap(type(module).forward)
+    return function
+
+
+def _defer_norms_too(module: nn.Module, seat: Seat) -> Undo | None:
+    return _defer(module, seat, _head_norm(module))
+
+
+def _defer(module: nn.Module, seat: Seat, norm: Norm | None = None) -> Undo | None:
+    """Give this one module a forward whose rotary function only notes what is to be done; attention then does it,
+    while it stores the keys. With `norm`, the norms of its heads go the same way."""
+    forward = _forward_of(module)
+    if not hasattr(module, SEAT) or ROTARY not in forward.__code__.co_names:
+        return None
+
+    def note(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *_: Any, **__: Any) -> Any:
+        seat.rotary = Rotary(cos[0], sin[0], norm)
+        return q, k
+
+    deferred = FunctionType(
+        forward.__code__, {**forward.__globals__, ROTARY: note}, forward.__name__, forward.__defaults__,
+        forward.__closure__,
+    )  # fmt: skip
+    deferred.__kwdefaults__ = forward.__kwdefaults__
+    object.__setattr__(module, "forward", MethodType(deferred, module))
+    norms = () if norm is None else ("q_norm", "k_norm")
+    children = {name: getattr(module, name) for name in norms}
+    for name in norms:
+        setattr(module, name, nn.Identity())
+
+    def undo() -> None:
+        object.__delattr__(module, "forward")
+        for name in norms:
+            setattr(module, name, children[name])
+
+    return undo
+
+
+def _head_norm(module: nn.Module) -> Norm | None:
+    q, k = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
+    if not isinstance(q, FusedNorm) or not isinstance(k, FusedNorm):
+        return None
+    if q.weight.shape != k.weight.shape or (q.eps, q.unit_offset) != (k.eps, k.unit_offset):
+        return None
+    return Norm(q.weight, k.weight, q.eps, q.unit_offset)
+
+
+def _attend_alone(
+    layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary | None, window: int | None,
+    options: Options,
+) -> torch.Tensor:  # fmt: skip
+    """The `Attend` of a row without a past, whose keys and values are kept nowhere."""
+    if rotary is not None:
+        q, k = finish(q, k, rotary)
+    return attention(q, k, v, 0, 0, window, *options)
