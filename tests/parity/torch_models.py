@@ -70,7 +70,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def write_model(folder: Path, architecture: str, extra: dict[str, Any], dtype: str = "float32") -> Path:
+def write_model(
+    folder: Path, architecture: str, extra: dict[str, Any], dtype: str = "float32", scale: float = 0.15
+) -> Path:
     """Save a random model as transformers saves it; no tokenizer. Returns the folder."""
     torch: Any = require("torch")
     transformers: Any = require("transformers")
@@ -80,7 +82,7 @@ def write_model(folder: Path, architecture: str, extra: dict[str, Any], dtype: s
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:  # larger than the usual start, so that layers and positions matter to the logits
-                parameter.normal_(0.0, 0.15)
+                parameter.normal_(0.0, scale)
             elif "sink" in name:
                 parameter.normal_(0.0, 1.0)
     model.to(getattr(torch, dtype)).save_pretrained(str(folder))
