@@ -28,13 +28,13 @@ PARAMS = [
 LOGPROB_ERROR = 1e-4
 NO_WINDOW = {"sliding_window": 400}
 # name -> what the config says beside ARCHITECTURES. Those with a window that mlx-lm does not know get one that nothing
-# reaches; heads that are tied, where mlx-lm ties them whatever the config says.
+# reaches; heads that are tied, where mlx-lm ties them whatever the config says. gpt_neox is not here: mlx-lm approximates its gelu.
 SHARED: dict[str, dict[str, Any]] = {
     "llama": {}, "mistral": NO_WINDOW, "qwen2": {}, "qwen3": {}, "gemma": {"tie_word_embeddings": True},
     "gemma2": {"tie_word_embeddings": True, **NO_WINDOW}, "gemma3_text": {}, "mixtral": {}, "qwen2_moe": {},
     "qwen3_moe": {}, "phi3": {}, "phi": {}, "olmo2": {}, "olmo3": {}, "granite": {}, "granitemoe": {}, "smollm3": {},
     "glm4": {}, "cohere": {"tie_word_embeddings": True}, "cohere2": {"tie_word_embeddings": True}, "deepseek_v3": {},
-    "starcoder2": {"tie_word_embeddings": True}, "stablelm": {}, "gpt_neox": {"intermediate_size": 256}, "helium": {}, "nemotron": {},
+    "starcoder2": {"tie_word_embeddings": True}, "stablelm": {}, "helium": {}, "nemotron": {},
     "ernie4_5": {}, "seed_oss": {}, "hunyuan_v1_dense": {}, "dots1": {},
 }  # fmt: skip
 REFERENCE = ("llama", "mistral", "qwen2", "qwen3")
