@@ -23,7 +23,6 @@ from cortexstream.backends.common.memory import host_memory_bytes
 from cortexstream.backends.cuda.kernels import Kernels, choose
 from cortexstream.backends.cuda.models import DTYPES, LoadedModel, load
 from cortexstream.backends.cuda.runner import Runner
-from cortexstream.backends.cuda.sample import bias, sample
 from cortexstream.backends.cuda.step import LastDraws, upload
 from cortexstream.backends.cuda.store import store_maker
 from cortexstream.errors import BackendUnavailableError, EngineError, InvalidRequestError, ModelLoadError
@@ -248,10 +247,9 @@ class CudaBackend:
         before = self._last.tokens[slots]
         carried = self._last.broken[slots] & waiting.bool()  # its last draw was none: it cannot go on
         pending = [before[i] if wait else None for i, wait in enumerate(waits)]
-        usable = torch.isfinite(bias(logits, specs).amax(-1))  # a NaN is the maximum of its row
         positions = [row.start + len(row.tokens) for row in rows]
-        tokens = sample(torch.where(usable[:, None], logits, 0.0), specs, positions, pending)
-        broken = ~usable | carried
+        tokens, broken = self._kernels.draw(logits, specs, positions, pending)
+        broken = broken | carried
         self._last.record(rows, slots, tokens, broken)
         logprobs = None
         if any(spec.logprobs is not None for spec in specs):

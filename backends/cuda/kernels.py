@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from cortexstream.backends.cuda import sample
 from cortexstream.backends.cuda.fused import Ops, torch_ops, triton_ops
 from cortexstream.errors import BackendUnavailableError, InvalidRequestError
+from cortexstream.plan import SampleSpec
 
 log = logging.getLogger("cortexstream")
+
+
+Draw = Callable[
+    [torch.Tensor, Sequence[SampleSpec], Sequence[int], Sequence[torch.Tensor | None]],
+    tuple[torch.Tensor, torch.Tensor],
+]
+"""(logits, specs, positions, pending) -> (tokens, broken); see `backends.cuda.sample.draw`."""
 
 
 class Kernels(NamedTuple):
@@ -19,6 +29,7 @@ class Kernels(NamedTuple):
     triton: bool
     graphs: bool
     ops: Ops
+    draw: Draw
     notes: tuple[str, ...] = ()
 
 
@@ -40,11 +51,15 @@ def choose(options: dict[str, Any], device: torch.device, block_tokens: int) -> 
     triton = asked == "triton" or (asked is None and gpu and reason is None)
     if graphs and not (triton and gpu):
         raise InvalidRequestError("backend_options", "has cuda_graphs True; graphs need a GPU and Triton's kernels")
+    if triton:
+        from cortexstream.backends.cuda import triton_sample
+
+        return Kernels(True, gpu and graphs is not False, triton_ops(), triton_sample.draw)
     if reason is not None:
         note = f"attention runs in torch, and slowly: {reason}"
         log.warning("%s", note)
-        return Kernels(False, False, torch_ops(), (note,))
-    return Kernels(triton, triton and gpu and graphs is not False, triton_ops() if triton else torch_ops())
+        return Kernels(False, False, torch_ops(), sample.draw, (note,))
+    return Kernels(False, False, torch_ops(), sample.draw)
 
 
 def _unusable(device: torch.device, block_tokens: int) -> str | None:

@@ -13,6 +13,14 @@ from cortexstream.sampling import PHILOX_M, PHILOX_ROUNDS, PHILOX_W
 WORD = 0xFFFFFFFF
 
 
+def draw(
+    logits: torch.Tensor, specs: Sequence[SampleSpec], positions: Sequence[int], pending: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `sample`, and which rows are broken, bool [rows]: their logits hold NaN or +inf, or nothing finite."""
+    usable = torch.isfinite(bias(logits, specs).amax(-1))  # a NaN is the maximum of its row
+    return sample(torch.where(usable[:, None], logits, 0.0), specs, positions, pending), ~usable
+
+
 def sample(
     logits: torch.Tensor, specs: Sequence[SampleSpec], positions: Sequence[int], pending: Sequence[torch.Tensor | None]
 ) -> torch.Tensor:

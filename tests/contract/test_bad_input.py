@@ -136,6 +136,18 @@ def test_cuda_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"dtype": "int3"}, InvalidRequestError, "dtype: is 'int3'; must be auto, float32, bfloat16, float16"),
         ({"backend_options": {"graphs": 1}}, InvalidRequestError, "backend_options: has 'graphs'"),
+        ({"backend_options": {"kernels": "cutlass"}}, InvalidRequestError, "has kernels 'cutlass'; it must be triton or"),
+        ({"backend_options": {"cuda_graphs": "yes"}}, InvalidRequestError, "has cuda_graphs 'yes'; it must be True or"),
+        (
+            {"backend_options": {"device": "cpu", "cuda_graphs": True}},
+            InvalidRequestError,
+            "has cuda_graphs True; graphs need a GPU and Triton's kernels",
+        ),
+        (
+            {"backend_options": {"device": "cpu"}, "num_kv_blocks": 10**9},
+            OutOfMemoryBudgetError,
+            r"KV blocks of 64 tokens take \d+ bytes; CPU \(torch\) has \d+; ask for at most \d+ blocks",
+        ),
         ({"backend_options": {"device": "tpu"}}, InvalidRequestError, "backend_options: has device 'tpu'"),
         ({"backend_options": {"device": 3.5}}, InvalidRequestError, "backend_options: has device 3.5"),
     ]
@@ -144,6 +156,10 @@ def test_cuda_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     for options, error, message in cases:
         with pytest.raises(error, match=message):
             LLM(backend="cuda", **options)
+    if "triton" not in sys.modules:  # or it would be asked whether it interprets
+        monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(BackendUnavailableError, match=r"kernels 'triton': .*(pip install triton|needs a GPU).*'torch'"):
+        LLM(backend="cuda", backend_options={"device": "cpu", "kernels": "triton"})
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(
         BackendUnavailableError, match=r"backend: cuda cannot run here: .*pip install 'cortexstream\[cuda\]'"

@@ -1,6 +1,5 @@
-"""The same folder on mlx and on the CUDA backend's CPU device: two model libraries, one engine, the same tokens (P1, P3,
-F60). Each backend has its own judge elsewhere: plain mlx-lm in test_mlx_models, plain transformers in
-test_cuda_models."""
+"""The same folder on mlx and on the CUDA backend's CPU device: two model libraries, one engine, the same tokens (P1,
+P3, F60). Each has its own judge elsewhere: plain mlx-lm in test_mlx_models, transformers in test_cuda_models."""
 
 from __future__ import annotations
 
@@ -28,7 +27,8 @@ PARAMS = [
 LOGPROB_ERROR = 1e-4
 NO_WINDOW = {"sliding_window": 400}
 # name -> what the config says beside ARCHITECTURES. Those with a window that mlx-lm does not know get one that nothing
-# reaches; heads that are tied, where mlx-lm ties them whatever the config says. gpt_neox is not here: mlx-lm approximates its gelu.
+# reaches; heads that are tied, where mlx-lm ties them whatever the config says. gpt_neox is not here: mlx-lm has
+# another gelu.
 SHARED: dict[str, dict[str, Any]] = {
     "llama": {}, "mistral": NO_WINDOW, "qwen2": {}, "qwen3": {}, "gemma": {"tie_word_embeddings": True},
     "gemma2": {"tie_word_embeddings": True, **NO_WINDOW}, "gemma3_text": {}, "mixtral": {}, "qwen2_moe": {},

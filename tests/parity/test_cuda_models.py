@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,43 @@ def test_half_precision_folders_run(dtype: str, tmp_path: Path) -> None:
     first, other = ((found[name].logprobs or ({},))[0] for name in ("auto", dtype))
     assert all(abs(first[token].logprob - other[token].logprob) < 0.1 for token in first.keys() & other.keys())
     assert len(first.keys() & other.keys()) >= 3
+
+
+def test_foreign_quantisation_is_refused_by_name(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "llama", {})
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(ModelLoadError, match="quantised by 'awq'; use the original weights, or what mlx-lm quantised"):
+        LLM(folder, backend="cuda", skip_tokenizer_init=True, backend_options={"device": "cpu"})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "norm", "mlp", "qkv", "rotary"),
+    [
+        ("llama", 7, 3, 3, 3), ("qwen3", 13, 3, 3, 3), ("gemma2", 17, 4, 4, 4), ("phi3", 7, 3, 0, 3),
+        ("mixtral", 7, 0, 3, 3), ("starcoder2", 0, 0, 3, 3), ("glm4", 13, 3, 3, 0), ("cohere", 0, 3, 3, 0),
+    ],
+)  # fmt: skip
+def test_structural_rewrites_are_made_where_they_hold(
+    architecture: str, norm: int, mlp: int, qkv: int, rotary: int, tmp_path: Path
+) -> None:
+    """Interleaved rotary embeddings (GLM, Cohere) turn other pairs than attention's: the check must find that."""
+    from cortexstream.backends.cuda.fused import torch_ops
+    from cortexstream.backends.cuda.models import load
+
+    folder = write_model(tmp_path / "model", architecture, ARCHITECTURES[architecture])
+    made = load(folder, "float32", torch.device("cpu"), torch_ops()).rewrites
+    assert {name: made.get(name, 0) for name in ("norm", "mlp", "qkv", "rotary")} == {
+        "norm": norm, "mlp": mlp, "qkv": qkv, "rotary": rotary,
+    }  # fmt: skip
+
+
+def test_a_rewritten_model_leaves_transformers_alone(tmp_path: Path) -> None:
+    """Another model of the same class, loaded before or after, computes as before."""
+    folder = write_model(tmp_path / "model", "qwen3", ARCHITECTURES["qwen3"])
+    judge = Judge(folder)
+    before = judge.logits(PROMPTS[0])
+    with LLM(folder, backend="cuda", skip_tokenizer_init=True, backend_options={"device": "cpu"}) as llm:
+        llm.generate({"prompt_token_ids": PROMPTS[0]}, SamplingParams(max_tokens=2), use_tqdm=False)
+        assert torch.equal(judge.logits(PROMPTS[0]), before)
+        assert torch.equal(Judge(folder).logits(PROMPTS[0]), before)

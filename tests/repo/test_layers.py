@@ -13,6 +13,7 @@ from tests.repo.tree import imports, module_name, modules, python_files
 LAYERS = """
     __main__
     cli
+    parity
     __init__
     async_llm
     llm

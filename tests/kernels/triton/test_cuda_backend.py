@@ -1,0 +1,121 @@
+"""The CUDA backend on the Triton kernels, on a CPU in the interpreter: the tokens are those of torch's kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cortexstream import LLM, SamplingParams
+from cortexstream.backend import BackendOptions
+from cortexstream.plan import KVRows, PlanRow, SampleSpec, StepPlan, ring_tokens
+from tests.conftest import require
+from tests.parity.torch_models import ARCHITECTURES, write_model
+
+torch: Any = require("torch")
+require("triton")
+require("transformers")
+
+BLOCK = 16
+PROMPTS = [[1 + (7 * i + 3 * n) % 150 for i in range(n)] for n in (7, 40, 1)]
+PARAMS = [SamplingParams(max_tokens=3, temperature=t, seed=5, ignore_eos=True) for t in (0.0, 0.9, 0.0)]
+NAMES = ["llama", "qwen3", "gemma2", "gpt_oss"]  # plain; norms of heads; caps and rings; sinks and rings
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    layers = {"num_hidden_layers": 2}
+    return {name: write_model(root / name, name, {**ARCHITECTURES[name], **layers}) for name in NAMES}
+
+
+def generate(folder: Path, kernels: str, **options: Any) -> list[tuple[int, ...]]:
+    with LLM(
+        str(folder), backend="cuda", skip_tokenizer_init=True, block_tokens=BLOCK, max_num_batched_tokens=24,
+        num_kv_blocks=40, backend_options={"device": "cpu", "kernels": kernels}, **options,
+    ) as llm:  # fmt: skip
+        outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+        assert llm.notes == () or "rings" in llm.notes[0]
+        return [tuple(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_f53_f58_tokens_are_those_of_torch(name: str, folders: dict[str, Path]) -> None:
+    """Chunks of prompts beside decoding rows, then decoding rows alone."""
+    assert generate(folders[name], "triton") == generate(folders[name], "torch")
+
+
+def test_f89_quantised_kv(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "llama", {"head_dim": 32, "num_hidden_layers": 2})
+    assert generate(folder, "triton", kv_dtype="int8") == generate(folder, "torch", kv_dtype="int8")
+
+
+class Replayed:
+    """In place of a CUDA graph: what was captured runs when it is replayed, on the same tensors."""
+
+    def __init__(self, step: Any, numbers: Any, logits: Any) -> None:
+        self._step, self._numbers, self._logits = step, numbers, logits
+
+    def replay(self) -> None:
+        self._logits.copy_(self._step._run(self._numbers, self._step._tables.max_tokens, one_launch=True))
+
+
+@pytest.mark.parametrize("name", ["gemma2"])
+def test_what_a_graph_replays_serves_fewer_rows_of_any_length(name: str, folders: dict[str, Path]) -> None:
+    """Three rows in a graph for four, at lengths that grow: bit for bit what the other form of the kernels gives."""
+    from cortexstream.backends.cuda import create
+    from cortexstream.backends.cuda.decode import Captured, DecodeStep
+
+    def backend() -> Any:
+        made = create(BackendOptions(str(folders[name]), block_tokens=BLOCK, max_num_seqs=8,
+                                     extra={"device": "cpu", "kernels": "triton"}))  # fmt: skip
+        made.allocate_kv(24, tuple(4 * (ring_tokens(w, BLOCK) // BLOCK) for w in made.model.windows))
+        return made
+
+    def captured(self: Any, size: int) -> Captured:
+        if size not in self._graphs:
+            numbers = torch.tensor(self._numbers((), size))
+            logits = self._run(numbers, self._tables.max_tokens, one_launch=True)
+            self._graphs[size] = Captured(Replayed(self, numbers, logits), numbers, logits)
+        graph: Captured = self._graphs[size]
+        return graph
+
+    plain, replayed = backend(), backend()
+    step = replayed._run_rows._decode
+    step._graphs = {}
+    step._captured = captured.__get__(step, DecodeStep)
+    logits: list[list[Any]] = [[], []]
+    for which, made in enumerate((plain, replayed)):
+        decode = made._run_rows._decode
+        inner = decode.logits
+
+        def watched(rows: Any, inner: Any = inner, which: int = which) -> Any:
+            logits[which].append(inner(rows).clone())
+            return logits[which][-1]
+
+        decode.logits = watched
+        drawn = [[row.token for row in made.collect(made.submit(plan)).rows] for plan in plans(made)]
+        assert len(drawn) == 4
+    assert set(step._graphs) == {4, 2}
+    for a, b in zip(*logits, strict=True):
+        assert torch.equal(a, b)
+
+
+def plans(backend: Any) -> list[StepPlan]:
+    """Three prompts, then three decoding rows, twice, then two of them: the tokens are pending draws."""
+    rings = [ring_tokens(w, BLOCK) // BLOCK for w in backend.model.windows]
+
+    def kv(slot: int) -> KVRows:
+        own = tuple(range(6 * slot, 6 * slot + 6))[::-1]
+        return KVRows(own, False, tuple(KVRows(tuple(range(n * slot, n * slot + n)), True) for n in rings))
+
+    known = [kv(slot) for slot in range(3)]
+    rows = [PlanRow(slot, slot, tuple(PROMPTS[slot]), 0, known[slot], SampleSpec()) for slot in range(3)]
+    made = [StepPlan(1, tuple(rows))]
+    for step in range(3):
+        live = range(3) if step < 2 else (0, 2)
+        made.append(StepPlan(2 + step, tuple(
+            PlanRow(slot, slot, (-1,), len(PROMPTS[slot]) + step, known[slot], SampleSpec()) for slot in live
+        )))  # fmt: skip
+    return made
