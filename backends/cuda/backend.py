@@ -76,7 +76,8 @@ class CudaBackend:
         folder = Path(options.model)
         loaded = load(folder, options.dtype, self._device, self._kernels.ops)
         self._loaded: LoadedModel | None = loaded
-        weights = sum(p.nbytes for p in {p.data_ptr(): p for p in loaded.model.parameters()}.values())
+        tensors = (*loaded.model.parameters(), *loaded.model.buffers())
+        weights = sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in tensors}.values())
         self.model = ModelInfo(
             architecture=loaded.model.config.model_type, vocab_size=loaded.vocab_size,
             max_context_tokens=loaded.max_context_tokens, eos_token_ids=eos_token_ids(folder, read_config(folder)),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from cortexstream.backends.cuda.quantized import QuantizedLinear, fuse
 from cortexstream.kernels.torch import rms_norm as torch_rms_norm
 from cortexstream.kernels.torch import swiglu as torch_swiglu
 
@@ -51,13 +52,23 @@ class FusedLinear(nn.Module):
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         super().__init__()
-        self.sizes = [linear.out_features for linear in linears]
         self.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
         biases = [linear.bias for linear in linears if linear.bias is not None]
         self.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self.weight, self.bias)
+
+
+def side_by_side(linears: Sequence[nn.Linear] | Sequence[QuantizedLinear]) -> FusedLinear | QuantizedLinear:
+    """One layer in place of several alike; they become views of its weights, so that nothing is held twice."""
+    whole = fuse(linears) if isinstance(linears[0], QuantizedLinear) else FusedLinear(linears)
+    sizes = [linear.out_features for linear in linears]
+    for name, tensor in (*whole.named_parameters(), *whole.named_buffers()):
+        for linear, part in zip(linears, tensor.split(sizes), strict=True):
+            if getattr(linear, name) is not None:
+                getattr(linear, name).data = part
+    return whole
 
 
 class FirstPart(nn.Module):

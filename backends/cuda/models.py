@@ -10,10 +10,10 @@ import torch
 import transformers
 
 from cortexstream.backend import LayerKV
-from cortexstream.backends.common.affine import dense_weights
 from cortexstream.backends.common.checkpoint import check_weights, read_config, read_weights
 from cortexstream.backends.cuda.attention import NAME, Options, Rotary, Seat, register, take_seats
 from cortexstream.backends.cuda.fused import Ops
+from cortexstream.backends.cuda.quantized import load_weights
 from cortexstream.backends.cuda.rewrites import rewrite
 from cortexstream.errors import ModelLoadError
 
@@ -70,7 +70,7 @@ def load(folder: Path, dtype: str, device: torch.device, ops: Ops) -> LoadedMode
         return forward(model, tokens, apart * torch.arange(len(tokens), device=device))
 
     with torch.inference_mode():
-        made = rewrite(model, seat, ops, logits)
+        made = rewrite(model, seat, ops, kind, logits)
     log.info("%s: rewritten are %s", name, dict(made))
     return LoadedModel(model, seat, layers, kind, context, vocab_size, dict(made))
 
@@ -83,7 +83,7 @@ def _dtype(asked: str, settings: Any, device: torch.device) -> torch.dtype:
 
 
 def _build(folder: Path, config: dict[str, Any], settings: Any, kind: torch.dtype) -> Any:
-    """The model with its weights. A quantised folder of mlx-lm is dequantised: its tensors have transformers' names."""
+    """The model with its weights. What mlx-lm quantised stays packed: its tensors have transformers' names."""
     if "quantization" not in config:
         if config.get("quantization_config"):
             method = config["quantization_config"].get("quant_method", "unknown")
@@ -96,15 +96,9 @@ def _build(folder: Path, config: dict[str, Any], settings: Any, kind: torch.dtyp
     for key in ("quantization", "quantization_config"):
         if hasattr(settings, key):
             delattr(settings, key)
-    weights = {n: torch.from_numpy(array) for n, array in dense_weights(read_weights(folder), config).items()}
-    model: Any = transformers.AutoModelForCausalLM.from_config(settings, dtype=kind, attn_implementation="eager")
-    missing, unknown = model.load_state_dict(weights, strict=False)
-    tied = set(model.all_tied_weights_keys)
-    lost = [key for key in missing if key not in tied]
-    if lost or unknown:
-        what = f"{lost[0]} is missing" if lost else f"{unknown[0]} has no place in it"
-        raise ModelLoadError(f"{folder.name}: does not fit transformers' {config['model_type']}: tensor {what}")
-    model.tie_weights()
+    with torch.device("meta"):
+        model: Any = transformers.AutoModelForCausalLM.from_config(settings, dtype=kind, attn_implementation="eager")
+    load_weights(model, read_weights(folder), config, kind)
     return model
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from cortexstream.backends.cuda.attention import SEAT, Norm, Options, Rotary, Seat
-from cortexstream.backends.cuda.fused import FirstPart, FusedLinear, FusedMLP, FusedNorm, Ops, OtherPart
+from cortexstream.backends.cuda.fused import FirstPart, FusedMLP, FusedNorm, Ops, OtherPart, side_by_side
+from cortexstream.backends.cuda.quantized import QuantizedLinear
 from cortexstream.backends.cuda.torch_attention import finish
 from cortexstream.kernels.torch.attention import attention
 from cortexstream.kernels.torch.swiglu import ACTIVATIONS
@@ -25,16 +26,20 @@ from cortexstream.kernels.torch.swiglu import ACTIVATIONS
 log = logging.getLogger("cortexstream")
 
 ROTARY = "apply_rotary_pos_emb"
+LINEAR = (nn.Linear, QuantizedLinear)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of the largest number
 CHECK_TOKENS = 16
 
 
-def rewrite(model: nn.Module, seat: Seat, ops: Ops, logits: Callable[[torch.Tensor], torch.Tensor]) -> Counter[str]:
-    """Rewrite `model` in place; returns how often each rewrite was made. `logits` runs the model on flat tokens [T]."""
+def rewrite(
+    model: nn.Module, seat: Seat, ops: Ops, dtype: torch.dtype, logits: Callable[[torch.Tensor], torch.Tensor]
+) -> Counter[str]:
+    """Rewrite `model`, which computes in `dtype`, in place; returns how often each rewrite was made. `logits` runs the
+    model on flat tokens [T]."""
     made: Counter[str] = Counter()
     for parent, name, child in list(_children(model)):
         for kind, replace in (("norm", _norm), ("mlp", _mlp)):
-            new = replace(child, ops)
+            new = replace(child, ops, dtype)
             if new is not None:
                 setattr(parent, name, new)
                 made[kind] += 1
@@ -72,36 +77,36 @@ def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
             yield parent, name, child
 
 
-def _norm(module: nn.Module, ops: Ops) -> nn.Module | None:
+def _norm(module: nn.Module, ops: Ops, dtype: torch.dtype) -> nn.Module | None:
     """The replacement of what may be a root-mean-square norm: one weight vector and an epsilon."""
     parameters = dict(module.named_parameters())
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if list(parameters) != ["weight"] or parameters["weight"].ndim != 1 or not isinstance(eps, float):
         return None
+    width = len(parameters["weight"])
     for unit_offset in (False, True):
         new = FusedNorm(module.weight, eps, unit_offset, ops)
-        if _agree(module, new):
+        if _agree(module, new, width, dtype):
             return new
     return None
 
 
-def _mlp(module: nn.Module, ops: Ops) -> nn.Module | None:
+def _mlp(module: nn.Module, ops: Ops, dtype: torch.dtype) -> nn.Module | None:
     """The replacement of what may be a gated MLP."""
     down = getattr(module, "down_proj", None)
-    pair = getattr(module, "gate_proj", None), getattr(module, "up_proj", None)
+    pair: Any = [getattr(module, "gate_proj", None), getattr(module, "up_proj", None)]
     joined = getattr(module, "gate_up_proj", None)
-    if not isinstance(down, nn.Linear):
+    if not isinstance(down, LINEAR):
         return None
-    whole: nn.Module
-    if isinstance(joined, nn.Linear):
-        whole = joined
+    if isinstance(joined, LINEAR):
+        whole, width = joined, joined.in_features
     elif _alike(pair):
-        whole = FusedLinear(pair)
+        whole, width = side_by_side(pair), pair[0].in_features
     else:
         return None
     for activation in ACTIVATIONS:
         new = FusedMLP(whole, down, activation, ops)
-        if _agree(module, new):
+        if _agree(module, new, width, dtype):
             return new
     return None
 
@@ -111,10 +116,7 @@ def _fuse_projections(module: nn.Module, seat: Seat) -> Undo | None:
     linears: Any = [getattr(module, name, None) for name in names]
     if not _alike(linears):
         return None
-    whole = FusedLinear(linears)
-    for linear, weight in zip(linears, whole.weight.split(whole.sizes), strict=True):
-        linear.weight.data = weight  # in case they come back; nothing is held twice
-    first = FirstPart(whole, whole.sizes)
+    first = FirstPart(side_by_side(linears), [linear.out_features for linear in linears])
     parts: list[nn.Module] = [first, OtherPart(first, 1), OtherPart(first, 2)]
     for name, part in zip(names, parts, strict=True):
         setattr(module, name, part)
@@ -127,17 +129,22 @@ def _fuse_projections(module: nn.Module, seat: Seat) -> Undo | None:
 
 
 def _alike(linears: Any) -> bool:
-    """Are these linear layers of one input, all with a bias or none?"""
-    if not all(type(linear) is nn.Linear for linear in linears):
+    """Are these linear layers of one kind and one input, all with a bias or none?"""
+    if not all(type(linear) in LINEAR for linear in linears):
         return False
-    return len({(linear.in_features, linear.bias is None, linear.weight.dtype) for linear in linears}) == 1
+    return len({(type(m), m.in_features, m.bias is None, *_format(m)) for m in linears}) == 1
 
 
-def _agree(old: nn.Module, new: nn.Module) -> bool:
-    """Do both give the same for random input as wide as the first weight takes?"""
-    weight = next(old.parameters())
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 3, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
+def _format(linear: nn.Linear | QuantizedLinear) -> tuple[Any, ...]:
+    if isinstance(linear, QuantizedLinear):
+        return linear.bits, linear.group, linear.scales.dtype
+    return (linear.weight.dtype,)
+
+
+def _agree(old: nn.Module, new: nn.Module, width: int, dtype: torch.dtype) -> bool:
+    """Do both give the same for random input [.., width]?"""
+    device = next(tensor.device for tensor in (*old.parameters(), *old.buffers()))
+    x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     try:
         return _close(old(x), new(x))
     except (RuntimeError, TypeError, ValueError):  # it takes something else: not what it looked like

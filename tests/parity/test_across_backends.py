@@ -11,6 +11,8 @@ import pytest
 
 from cortexstream import LLM, RequestOutput, SamplingParams
 from tests.conftest import require
+from tests.parity.test_quantized_linear import quantize
+from tests.parity.tiny_models import write_model as write_packable
 from tests.parity.torch_models import ARCHITECTURES, write_model
 
 require("mlx")
@@ -90,3 +92,32 @@ def test_f60_p1_mlx_and_torch_agree(name: str, tmp_path: Path) -> None:
 
 def test_p3_at_least_twenty_architectures() -> None:
     assert len(SHARED) >= 20
+
+
+@pytest.mark.parametrize(("kind", "name"), [("4", "llama"), ("8", "qwen3"), ("bfloat16", "qwen2")])
+def test_p2_one_folder_everywhere(kind: str, name: str, tmp_path: Path) -> None:
+    """What mlx-lm quantised to 4 or 8 bits, and a bfloat16 folder of transformers', computed in float32."""
+    if kind == "bfloat16":
+        folder = write_model(tmp_path / name, name, ARCHITECTURES[name], dtype=kind)
+    else:
+        made = write_packable(tmp_path / name, name, {"hidden_size": 128, "intermediate_size": 256})
+        folder = quantize(made, int(kind), 64)
+    on_torch = generate(folder, "cuda")
+    for backend in ("mlx", "reference"):
+        assert_same(on_torch, generate(folder, backend))
+
+
+def test_p2_packed_layers_stay_packed_and_are_fused(tmp_path: Path) -> None:
+    import torch
+
+    from cortexstream.backends.cuda.fused import torch_ops
+    from cortexstream.backends.cuda.models import load
+    from cortexstream.backends.cuda.quantized import QuantizedLinear
+
+    dense = write_packable(tmp_path / "llama", "llama", {"hidden_size": 128, "intermediate_size": 256})
+    loaded = load(quantize(dense, 4, 64), "float32", torch.device("cpu"), torch_ops())
+    layers = len(loaded.layers)
+    assert loaded.rewrites["mlp"] == loaded.rewrites["qkv"] == loaded.rewrites["rotary"] == layers
+    packed = [module for module in loaded.model.modules() if isinstance(module, QuantizedLinear)]
+    assert len(packed) == 4 * layers + 1  # qkv, o, gate and up, down; the head
+    assert all(parameter.ndim == 1 for parameter in loaded.model.parameters())
