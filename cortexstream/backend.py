@@ -7,7 +7,7 @@ the arena; it gets a `StepPlan` and gives back a `StepResult`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from cortexstream.plan import KVRows, StepPlan, StepResult
 
@@ -114,12 +114,43 @@ class WarmupReport:
     steps: tuple[tuple[str, float], ...]
 
 
-class LayerState(NamedTuple):
-    """One layer's keys [tokens, heads, key_dim] and values [tokens, heads, value_dim], float32, in order of position:
-    of all tokens, or of the last `window` ones."""
+class PackedKV(NamedTuple):
+    """Keys or values as pools with a `KVQuantization` store them: `kernels.reference.kv_quantize` is the definition."""
 
-    keys: npt.NDArray[np.float32]
-    values: npt.NDArray[np.float32]
+    packed: npt.NDArray[np.uint32]  # [tokens, heads, dim * bits / 32]
+    scales: npt.NDArray[np.float32]  # [tokens, heads, dim / group]
+    biases: npt.NDArray[np.float32]
+
+
+KVArray: TypeAlias = "npt.NDArray[np.float32] | PackedKV"
+
+
+class LayerState(NamedTuple):
+    """One layer's keys [tokens, heads, key_dim] and values [tokens, heads, value_dim], float32 or as they are packed,
+    in order of position: of all tokens, or of the last `window` ones."""
+
+    keys: KVArray
+    values: KVArray
+
+
+def kv_misfit(
+    array: KVArray, num_tokens: int, num_heads: int, dim: int, quantization: KVQuantization | None
+) -> str | None:
+    """What is wrong with the dtypes and shapes of one layer's keys or values, as the end of a sentence; None if they
+    are what pools of this format store."""
+    wanted: tuple[tuple[str, tuple[int, ...]], ...] = (("float32", (num_tokens, num_heads, dim)),)
+    if quantization is not None:
+        groups = ("float32", (num_tokens, num_heads, dim // quantization.group))
+        wanted = (("uint32", (num_tokens, num_heads, dim * quantization.bits // 32)), groups, groups)
+    parts = array if isinstance(array, PackedKV) else (array,)
+    found = tuple((part.dtype.name, part.shape) for part in parts)
+    if found == wanted:
+        return None
+
+    def words(arrays: tuple[tuple[str, tuple[int, ...]], ...]) -> str:
+        return " and ".join(f"{dtype} {shape}" for dtype, shape in arrays)
+
+    return f"{words(found)}; {words(wanted)} is needed"
 
 
 class Ticket(Protocol):
@@ -168,7 +199,8 @@ class Backend(Protocol):
         ...
 
     def write_kv(self, kv: KVRows, num_tokens: int, layers: list[LayerState]) -> None:
-        """The inverse of `read_kv`, on blocks that hold nothing of value; rounds to what the pools store."""
+        """The inverse of `read_kv`, bit for bit, on blocks that hold nothing of value. Raises EngineError, before
+        anything is written, for arrays of another format."""
         ...
 
     def warmup(self, prompt_tokens: int, batch: int) -> WarmupReport:

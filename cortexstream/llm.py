@@ -184,21 +184,25 @@ class LLM:
 
     def save_prefix(self, prompt: Prompt, path: str | Path) -> int:
         """Compute a prompt's keys and values and write them to a safetensors file (`cortexstream.prefix_file` says what
-        is in it); returns the number of tokens. The file serves every backend that loads the same checkpoint."""
+        is in it); returns the number of tokens. The file serves every backend that loads the same checkpoint with the
+        same dtype and kv_dtype."""
+        place = prefix_file.check_path(path)
         _, tokens = tokenize(prompt, self.tokenizer)
         layers = self._engine.call(lambda core: export_prefix(core, tokens))
-        prefix_file.save(Path(path), self._checkpoint_id(), prefix_file.Prefix(tokens, layers))
+        prefix_file.save(place, self._origin(), prefix_file.Prefix(tokens, layers))
         return len(tokens)
 
     def load_prefix(self, path: str | Path) -> int:
         """Read a file of `save_prefix`: prompts that begin with its tokens need not compute them, as long as nobody
-        else needs the memory. Returns how many tokens will be found. Raises ModelLoadError for a file that is damaged
-        or another checkpoint's."""
-        prefix = prefix_file.load(Path(path), self._checkpoint_id())
+        else needs the memory. Returns how many tokens will be found. Raises ModelLoadError for a file that is damaged,
+        another checkpoint's, or of other numbers."""
+        prefix = prefix_file.load(Path(path), self._origin())
         return self._engine.call(lambda core: import_prefix(core, prefix.tokens, prefix.layers))
 
-    def _checkpoint_id(self) -> str:
-        return prefix_file.checkpoint_id(self.folder)
+    def _origin(self) -> prefix_file.Origin:
+        return prefix_file.Origin(
+            prefix_file.checkpoint_id(self.folder), prefix_file.kind_of_numbers(self.info, self.model)
+        )
 
     def stats(self) -> EngineStats:
         """What the engine counted so far, and the arena as it is now."""

@@ -4,24 +4,39 @@
     layers.{i}.keys      float32 [tokens of the layer, KV heads, key_dim], rotary embedding included
     layers.{i}.values    float32 [tokens of the layer, KV heads, value_dim]
 
-A layer with a sliding window has its last `window` tokens. The metadata name the format and the checkpoint that
-computed the numbers: another checkpoint's would be read as if they were right.
+Quantised ones are three tensors each, as they are stored: `layers.{i}.keys.packed` uint32 [.., key_dim * bits / 32],
+`.scales` and `.biases` float32 [.., key_dim / group]. A layer with a sliding window has its last `window` tokens.
+
+The metadata name the format, the checkpoint that computed the numbers and what kind of numbers they are, since others
+would give other tokens than computing them again; and a digest of all of it, so that a damaged file is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import re
+import uuid
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from cortexstream.backend import LayerState
+from cortexstream.backend import BackendInfo, KVArray, LayerState, ModelInfo, PackedKV
 from cortexstream.errors import InvalidRequestError, ModelLoadError
 
-FORMAT = "cortexstream-prefix-1"
+FORMAT = "cortexstream-prefix-2"
 SAMPLE_BYTES = 1 << 16  # read from the start, the middle and the end of every weight file
+PARTS = PackedKV._fields
+
+Tensors = dict[str, npt.NDArray[Any]]
+
+
+class Origin(NamedTuple):
+    """Where numbers come from: a digest of the checkpoint, and their kind in words. Both must agree to the letter."""
+
+    checkpoint: str
+    numbers: str
 
 
 class Prefix(NamedTuple):
@@ -46,16 +61,37 @@ def checkpoint_id(folder: Path | None) -> str:
     return digest.hexdigest()
 
 
-def save(path: Path, checkpoint: str, prefix: Prefix) -> int:
-    """Write a file, whole or not at all; returns its bytes."""
+def kind_of_numbers(info: BackendInfo, model: ModelInfo) -> str:
+    """What keys and values are computed in and stored as."""
+    if model.kv_quantization is None:
+        return info.dtype
+    bits, group = model.kv_quantization
+    return f"int{bits} in groups of {group}, of {info.dtype}"
+
+
+def check_path(path: str | Path) -> Path:
+    """Raises InvalidRequestError for a path that no file can be written to."""
+    text = str(path)
+    if not text or "\0" in text or Path(text).name in ("", ".."):
+        raise InvalidRequestError("path", f"is {text!r}; it must name a file")
+    if Path(text).is_dir():
+        raise InvalidRequestError("path", f"{text} is a folder; it must name a file")
+    if not Path(text).parent.is_dir():
+        raise InvalidRequestError("path", f"{text} cannot be written: there is no folder {Path(text).parent}")
+    return Path(text)
+
+
+def save(path: Path, origin: Origin, prefix: Prefix) -> int:
+    """Write a file, whole or not at all, whoever else writes it; returns its bytes. Raises InvalidRequestError."""
     from safetensors.numpy import save as as_bytes
 
-    tensors = {"tokens": np.array(prefix.tokens, np.int32)}
+    tensors: Tensors = {"tokens": np.array(prefix.tokens, np.int32)}
     for number, layer in enumerate(prefix.layers):
-        tensors[f"layers.{number}.keys"] = np.ascontiguousarray(layer.keys)
-        tensors[f"layers.{number}.values"] = np.ascontiguousarray(layer.values)
-    data = as_bytes(tensors, {"format": FORMAT, "checkpoint": checkpoint})
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        for name, array in layer._asdict().items():
+            tensors |= _named(f"layers.{number}.{name}", array)
+    metadata = {"format": FORMAT, **origin._asdict()}
+    data = as_bytes(tensors, {**metadata, "digest": _digest(metadata, tensors)})
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         partial.write_bytes(data)
         partial.replace(path)
@@ -66,33 +102,72 @@ def save(path: Path, checkpoint: str, prefix: Prefix) -> int:
     return len(data)
 
 
-def load(path: Path, checkpoint: str) -> Prefix:
+def load(path: Path, origin: Origin) -> Prefix:
     """Read a file. Raises ModelLoadError, with what is wrong and what to do, for a file that is not such a prefix, is
-    damaged, or was computed by another checkpoint."""
+    damaged, or was computed by another checkpoint or in other numbers."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ModelLoadError(f"{path}: is no saved prefix; make one with save_prefix()")
-            if metadata.get("checkpoint") != checkpoint:
-                raise ModelLoadError(
-                    f"{path}: was computed by another checkpoint than the loaded one; save it again with this one"
-                )
-            tokens = tuple(file.get_tensor("tokens").tolist())
-            number, layers = 0, []
-            names = set(file.keys())
-            while f"layers.{number}.keys" in names:
-                keys, values = (file.get_tensor(f"layers.{number}.{name}") for name in ("keys", "values"))
-                if keys.dtype != np.float32 or values.dtype != np.float32:
-                    raise ModelLoadError(f"{path}: layer {number} is not float32; save the prefix again")
-                if not np.isfinite(keys).all() or not np.isfinite(values).all():
-                    raise ModelLoadError(
-                        f"{path}: layer {number} has numbers that are not finite; save the prefix again"
-                    )
-                layers.append(LayerState(keys, values))
-                number += 1
-    except (OSError, SafetensorError, KeyError) as error:
+            metadata = dict(file.metadata() or {})
+            _check_metadata(path, metadata, origin)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise ModelLoadError(f"{path}: cannot be read as a saved prefix: {error}") from error
-    return Prefix(tokens, layers)
+    if metadata.pop("digest", None) != _digest(metadata, tensors):
+        raise ModelLoadError(f"{path}: is damaged: its contents do not fit their digest; save the prefix again")
+    tokens = tensors.pop("tokens", None)
+    if tokens is None or tokens.dtype != np.int32 or tokens.ndim != 1:
+        raise ModelLoadError(f"{path}: has no list of int32 tokens; save the prefix again")
+    return Prefix(tuple(tokens.tolist()), _layers(path, tensors))
+
+
+def _named(name: str, array: KVArray) -> Tensors:
+    parts = dict(zip(PARTS, array, strict=True)) if isinstance(array, PackedKV) else {"": array}
+    return {f"{name}.{part}".rstrip("."): np.ascontiguousarray(value) for part, value in parts.items()}
+
+
+def _digest(metadata: dict[str, str], tensors: Tensors) -> str:
+    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
+    for name in sorted(tensors):
+        array = tensors[name]
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _check_metadata(path: Path, metadata: dict[str, str], origin: Origin) -> None:
+    if metadata.get("format") != FORMAT:
+        raise ModelLoadError(f"{path}: is no saved prefix of this version; make one with save_prefix()")
+    if metadata.get("checkpoint") != origin.checkpoint:
+        raise ModelLoadError(
+            f"{path}: was computed by another checkpoint than the loaded one; save it again with this one"
+        )
+    if metadata.get("numbers") != origin.numbers:
+        raise ModelLoadError(
+            f"{path}: holds numbers of kind {metadata.get('numbers')!r}, and this engine's are {origin.numbers!r}: use "
+            f"the same dtype and kv_dtype, or save it again"
+        )
+
+
+def _layers(path: Path, tensors: Tensors) -> list[LayerState]:
+    """The states in `tensors`, which must hold nothing else."""
+    count = 1 + max((int(found[1]) for name in tensors if (found := re.match(r"layers\.(\d+)\.", name))), default=-1)
+    layers = []
+    for number in range(count):
+        keys, values = (_array(path, f"layers.{number}.{name}", tensors) for name in ("keys", "values"))
+        layers.append(LayerState(keys, values))
+    if tensors:
+        raise ModelLoadError(f"{path}: has {sorted(tensors)[0]}, which has no place in a prefix; save the prefix again")
+    return layers
+
+
+def _array(path: Path, name: str, tensors: Tensors) -> KVArray:
+    """The keys or values of one layer, taken out of `tensors`."""
+    whole = tensors.pop(name, None)
+    parts = [part for key in PARTS if (part := tensors.pop(f"{name}.{key}", None)) is not None]
+    if (whole is None) != (len(parts) == len(PARTS)):
+        raise ModelLoadError(f"{path}: has no {name}, or only parts of it; save the prefix again")
+    if not all(np.isfinite(part).all() for part in (parts if whole is None else [whole])):
+        raise ModelLoadError(f"{path}: {name} has numbers that are not finite; save the prefix again")
+    return PackedKV(*parts) if whole is None else whole

@@ -6,9 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from cortexstream.backend import LayerState, ModelInfo
+from cortexstream.backend import LayerState, ModelInfo, kv_misfit
 from cortexstream.backends.common.kv_pool import KVPool
 from cortexstream.backends.common.kv_store import MakeStore
 from cortexstream.errors import EngineError, OutOfMemoryBudgetError
@@ -48,7 +46,7 @@ class KVMemory:
                 f"{asked} take {nbytes} bytes; {device} has {memory_bytes}; ask for at most {most} blocks"
             )
         self.block_tokens = block_tokens
-        self._layers = model.layers
+        self._layers, self._quantization = model.layers, model.kv_quantization
         self.pool_of = [model.pool_of(layer) for layer in range(len(model.layers))]  # layer -> index of its pool
         self._kept: dict[int, Kept] = {}
         try:
@@ -142,12 +140,9 @@ class KVMemory:
         for number, (layer, state) in enumerate(zip(self._layers, layers, strict=True)):
             _, count = _span(places[number][0], num_tokens)
             for name, array, dim in (("keys", state.keys, layer.key_dim), ("values", state.values, layer.value_dim)):
-                wanted = (count, layer.num_kv_heads, dim)
-                if array.shape != wanted or array.dtype != np.float32:
-                    raise EngineError(
-                        f"{name} of layer {number} are {array.dtype} {array.shape}; {num_tokens} tokens need float32 "
-                        f"{wanted}"
-                    )
+                problem = kv_misfit(array, count, layer.num_kv_heads, dim, self._quantization)
+                if problem is not None:
+                    raise EngineError(f"{name} of layer {number}, {num_tokens} tokens, are {problem}")
         for number, (state, (pool, rows)) in enumerate(zip(layers, places, strict=True)):
             pool.from_host(number, pool.slots(rows, *_span(pool, num_tokens)), *state)
 

@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cortexstream.backend import KVQuantization, LayerKV
+from cortexstream.backend import KVArray, KVQuantization, LayerKV
 from cortexstream.backends.common.kv_store import MakeStore, Slots, Store
 from cortexstream.errors import EngineError
 from cortexstream.plan import KVRows, Move, ring_tokens
-
-Floats = npt.NDArray[np.float32]
 
 
 class KVPool:
@@ -100,12 +98,12 @@ class KVPool:
         """What `read` would give for k and v [T, heads, dim] if they were stored."""
         return self._keys[layer].rounded(k), self._values[layer].rounded(v)
 
-    def to_host(self, layer: int, slots: Slots) -> tuple[Floats, Floats]:
-        """Copies of keys and values in these slots, in numpy's float32."""
+    def to_host(self, layer: int, slots: Slots) -> tuple[KVArray, KVArray]:
+        """Copies of keys and values in these slots, in numpy."""
         return self._keys[layer].to_host(slots), self._values[layer].to_host(slots)
 
-    def from_host(self, layer: int, slots: Slots, k: Floats, v: Floats) -> None:
-        """`append` of numpy's float32."""
+    def from_host(self, layer: int, slots: Slots, k: KVArray, v: KVArray) -> None:
+        """Write what `to_host` of a pool of this format gave."""
         self._keys[layer].from_host(slots, k)
         self._values[layer].from_host(slots, v)
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cortexstream.backend import KVQuantization
+from cortexstream.backend import KVArray, KVQuantization
 
 Slots = npt.NDArray[np.int64]
 
@@ -37,11 +37,11 @@ class Store(Protocol):
     def put(self, slots: Slots, copies: list[Any]) -> None:
         """Write what `take` gave, bit for bit."""
 
-    def to_host(self, slots: Slots) -> npt.NDArray[np.float32]:
-        """A copy of what `read` gives, in numpy's float32."""
+    def to_host(self, slots: Slots) -> KVArray:
+        """A copy of what the slots hold, in numpy."""
 
-    def from_host(self, slots: Slots, new: npt.NDArray[np.float32]) -> None:
-        """`append` of numpy's float32."""
+    def from_host(self, slots: Slots, new: KVArray) -> None:
+        """Write what `to_host` of a store of this format gave, bit for bit."""
 
 
 MakeStore = Callable[[int, int, int, KVQuantization | None], Store]

@@ -6,15 +6,12 @@ from copy import copy
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from cortexstream.backend import KVQuantization
+from cortexstream.backend import KVArray, KVQuantization, PackedKV
 from cortexstream.backends.common.kv_store import MakeStore, Slots, Store
 from cortexstream.backends.cuda.quantize import dequantize, quantize
 from cortexstream.kernels.torch.quantized_pool import QuantizedPool
-
-Floats = npt.NDArray[np.float32]
 
 
 def store_maker(dtype: torch.dtype, device: torch.device) -> MakeStore:
@@ -86,12 +83,16 @@ class TorchStore:
         for part, kept in zip(self.parts, copies, strict=True):
             part[where] = kept.to(part.device)
 
-    def to_host(self, slots: Slots) -> Floats:
-        numbers: Floats = self.read(slots).float().cpu().numpy()
-        return numbers
+    def to_host(self, slots: Slots) -> KVArray:
+        first, *others = (
+            part.numpy() if part.dtype == torch.int32 else part.float().numpy() for part in self.take(slots)
+        )
+        return PackedKV(first.view(np.uint32), *others) if others else first
 
-    def from_host(self, slots: Slots, new: Floats) -> None:
-        self.append(slots, torch.from_numpy(np.ascontiguousarray(new)).to(self.parts[0].device))
+    def from_host(self, slots: Slots, new: KVArray) -> None:
+        parts = [new.packed.view(np.int32), new.scales, new.biases] if isinstance(new, PackedKV) else [new]
+        copies = [torch.from_numpy(np.ascontiguousarray(part)) for part in parts]
+        self.put(slots, [copy.to(part.dtype) for copy, part in zip(copies, self.parts, strict=True)])
 
     def _index(self, slots: Any) -> torch.Tensor:
         return torch.as_tensor(slots, device=self.parts[0].device)

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from cortexstream.backend import LayerState
+from cortexstream.backend import KVArray, LayerState, PackedKV, kv_misfit
 from cortexstream.backends.mlx.plane import Plane
 from cortexstream.backends.mlx.pool import RowPool, finish, row_index
 from cortexstream.errors import EngineError
@@ -95,15 +95,16 @@ def read_kv(pool: RowPool, kv: KVRows, num_tokens: int) -> list[LayerState]:
         rows = _rows_in_order(pool, kv, num_tokens, layer)
         sides = []
         for plane in (pool.keys[layer], pool.values[layer]):
-            numbers = plane.decode(plane.take(rows)).astype(mx.float32)
-            finish(numbers)
-            sides.append(np.ascontiguousarray(np.array(numbers).transpose(1, 0, 2)))
+            stored = [part if part.dtype == mx.uint32 else part.astype(mx.float32) for part in plane.take(rows)]
+            finish(*stored)
+            parts = [np.ascontiguousarray(np.array(part).transpose(1, 0, 2)) for part in stored]
+            sides.append(PackedKV(*parts) if len(parts) > 1 else parts[0])
         states.append(LayerState(*sides))
     return states
 
 
 def write_kv(pool: RowPool, kv: KVRows, num_tokens: int, layers: list[LayerState]) -> None:
-    """The inverse of `read_kv`, rounded to what the planes store. Nothing may be in flight.
+    """The inverse of `read_kv`. Nothing may be in flight.
 
     Raises EngineError, before anything is written, for blocks or arrays that do not fit, and for numbers that are not
     finite in the pools' type: a masked key that is not finite spoils the attention of whoever has the block later.
@@ -121,7 +122,8 @@ def write_kv(pool: RowPool, kv: KVRows, num_tokens: int, layers: list[LayerState
     for layer, state in enumerate(layers):
         rows = _rows_in_order(pool, kv, num_tokens, layer)
         for plane, numbers in ((pool.keys[layer], state.keys), (pool.values[layer], state.values)):
-            stored = plane.encode(mx.array(np.ascontiguousarray(numbers.transpose(1, 0, 2))))
+            parts = [mx.array(np.ascontiguousarray(part.transpose(1, 0, 2))) for part in _parts(numbers)]
+            stored = [part if part.dtype == mx.uint32 else part.astype(plane.dtype) for part in parts]
             finish(*stored)
             plane.store(rows, stored)
             finish(*plane.arrays)
@@ -133,13 +135,18 @@ def _check_fit(pool: RowPool, kv: KVRows, num_tokens: int) -> None:
         raise EngineError(f"the keys and values of {num_tokens} tokens: {problem}")
 
 
-def _check_numbers(what: str, plane: Plane, tokens: int, numbers: npt.NDArray[np.float32]) -> None:
-    expected = (tokens, plane.heads, plane.dim)
-    if numbers.shape != expected or numbers.dtype != np.float32:
-        raise EngineError(f"{what} are {numbers.dtype} {numbers.shape}; float32 {expected} is needed")
+def _check_numbers(what: str, plane: Plane, tokens: int, numbers: KVArray) -> None:
+    problem = kv_misfit(numbers, tokens, plane.heads, plane.dim, plane.quantization)
+    if problem is not None:
+        raise EngineError(f"{what} are {problem}")
     limit = float(mx.finfo(plane.dtype).max)
-    if tokens and not np.abs(numbers).max() <= limit:
+    floats = [part for part in _parts(numbers) if part.dtype == np.float32]
+    if tokens and not all(np.abs(part).max() <= limit for part in floats):
         raise EngineError(f"{what} hold NaN, infinity or a number beyond {limit:.5g}, the largest of {plane.dtype}")
+
+
+def _parts(numbers: KVArray) -> tuple[npt.NDArray[Any], ...]:
+    return tuple(numbers) if isinstance(numbers, PackedKV) else (numbers,)
 
 
 def _rows_in_order(pool: RowPool, kv: KVRows, num_tokens: int, layer: int) -> mx.array:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cortexstream.backend import BackendInfo, BackendOptions, LayerKV, LayerState, ModelInfo, WarmupReport
+from cortexstream.backend import BackendInfo, BackendOptions, LayerKV, LayerState, ModelInfo, PackedKV, WarmupReport
 from cortexstream.errors import EngineError
 from cortexstream.plan import (
     PENDING,
@@ -132,6 +132,7 @@ class NullBackend:
 
     def write_kv(self, kv: KVRows, num_tokens: int, layers: list[LayerState]) -> None:
         for pool, state in enumerate(layers):
+            assert not isinstance(state.keys, PackedKV) and not isinstance(state.values, PackedKV)
             words = np.concatenate([state.keys[:, 0], state.values[:, 0]], axis=1)
             entries = np.ascontiguousarray(words.astype(np.uint16)).view(np.uint64)[:, 0].tolist()
             for position, entry in zip(range(num_tokens - len(entries), num_tokens), entries, strict=True):

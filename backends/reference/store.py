@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cortexstream.backend import KVQuantization
+from cortexstream.backend import KVArray, KVQuantization, PackedKV
 from cortexstream.backends.common.kv_store import Slots, Store
 from cortexstream.kernels.reference.kv_append import kv_append
 from cortexstream.kernels.reference.kv_quantize import Quantized, dequantize, quantize
@@ -62,7 +62,8 @@ class DenseStore(_Parts):
     def to_host(self, slots: Slots) -> Floats:
         return self.read(slots)
 
-    def from_host(self, slots: Slots, new: Floats) -> None:
+    def from_host(self, slots: Slots, new: KVArray) -> None:
+        assert not isinstance(new, PackedKV)
         self.append(slots, new)
 
 
@@ -88,11 +89,11 @@ class QuantizedStore(_Parts):
     def rounded(self, new: Floats) -> Floats:
         return dequantize(quantize(new, *self._format), *self._format)
 
-    def to_host(self, slots: Slots) -> Floats:
-        return self.read(slots)
+    def to_host(self, slots: Slots) -> PackedKV:
+        return PackedKV(*self.take(slots))
 
-    def from_host(self, slots: Slots, new: Floats) -> None:
-        self.append(slots, new)
+    def from_host(self, slots: Slots, new: KVArray) -> None:
+        self.put(slots, list(new))
 
 
 def touched_zeros(dtype: Any, *shape: int) -> Array:

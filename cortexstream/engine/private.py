@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cortexstream.backend import LayerState, ModelInfo
+from cortexstream.backend import LayerState, ModelInfo, kv_misfit
 from cortexstream.errors import InvalidRequestError
 from cortexstream.plan import PlanRow
 
@@ -87,9 +87,6 @@ def check_layers(model: ModelInfo, num_tokens: int, layers: Sequence[LayerState]
     for number, (layer, state) in enumerate(zip(model.layers, layers, strict=True)):
         kept = num_tokens if layer.window is None else min(num_tokens, layer.window)
         for name, array, dim in (("keys", state.keys, layer.key_dim), ("values", state.values, layer.value_dim)):
-            if array.shape != (kept, layer.num_kv_heads, dim):
-                raise InvalidRequestError(
-                    "prefix",
-                    f"has {name} of shape {array.shape} in layer {number}; this model needs "
-                    f"{(kept, layer.num_kv_heads, dim)}",
-                )
+            problem = kv_misfit(array, kept, layer.num_kv_heads, dim, model.kv_quantization)
+            if problem is not None:
+                raise InvalidRequestError("prefix", f"has {name} in layer {number} that are {problem}")

@@ -136,8 +136,8 @@ def test_cuda_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"dtype": "int3"}, InvalidRequestError, "dtype: is 'int3'; must be auto, float32, bfloat16, float16"),
         ({"backend_options": {"graphs": 1}}, InvalidRequestError, "backend_options: has 'graphs'"),
-        ({"backend_options": {"kernels": "cutlass"}}, InvalidRequestError, "has kernels 'cutlass'; it must be triton or"),
-        ({"backend_options": {"cuda_graphs": "yes"}}, InvalidRequestError, "has cuda_graphs 'yes'; it must be True or"),
+        ({"backend_options": {"kernels": "cutlass"}}, InvalidRequestError, "has kernels 'cutlass'; it must be"),
+        ({"backend_options": {"cuda_graphs": "yes"}}, InvalidRequestError, "has cuda_graphs 'yes'; it must be"),
         (
             {"backend_options": {"device": "cpu", "cuda_graphs": True}},
             InvalidRequestError,

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cortexstream.backend import Backend, BackendOptions, KVQuantization, LayerKV, LayerState, ModelInfo
+from cortexstream.backend import Backend, BackendOptions, KVQuantization, LayerKV, LayerState, ModelInfo, PackedKV
 from cortexstream.backends import reference
 from cortexstream.backends.common.kv_format import kv_quantization
 from cortexstream.backends.common.kv_memory import KVMemory
 from cortexstream.backends.reference.store import make_store
 from cortexstream.errors import EngineError, ModelLoadError, OutOfMemoryBudgetError
+from cortexstream.kernels.reference.kv_quantize import quantize
 from cortexstream.plan import KVRows, MemoryOp, Move, PlanRow, SampleSpec, StepPlan, SwapDrop, SwapIn, SwapOut
 from tests.contract.tiny_llama import write_folder
+from tests.kv_numbers import numbers
+from tests.kv_numbers import same as same_array
 
 LAYERS = (LayerKV(2, 32, 64, 10), LayerKV(1, 32, 96), LayerKV(2, 64, 32, 5), LayerKV(2, 32, 64, 10))
 INFO = ModelInfo("test", 11, 64, frozenset(), LAYERS, 4, 0)
@@ -224,14 +227,17 @@ def test_f91_a_state_is_read_as_it_was_written(num_tokens: int, contiguous: bool
 
 
 @pytest.mark.parametrize("quantization", FORMATS[1:])
-def test_f89_a_written_state_is_rounded(quantization: KVQuantization) -> None:
+def test_f89_a_quantised_state_is_read_and_written_as_it_is_stored(quantization: KVQuantization) -> None:
+    """Bit for bit: rounding what was rounded would change it again."""
     made = memory(quantization)
-    wanted = state(11)
-    made.write(row(1), 11, wanted)
-    for ours, theirs in zip(made.read(row(1), 11), wanted, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            assert a.dtype == np.float32 and not np.array_equal(a, b)
-            assert np.abs(a - b).max() < (0.03 if quantization.bits == 8 else 0.5)  # a range of about 5
+    packed = [
+        LayerState(*(PackedKV(*quantize(numbers(array), *quantization)) for array in layer)) for layer in state(11)
+    ]
+    made.write(row(1), 11, packed)
+    for ours, theirs in zip(made.read(row(1), 11), packed, strict=True):
+        assert all(isinstance(a, PackedKV) and same_array(a, b) for a, b in zip(ours, theirs, strict=True))
+    with pytest.raises(EngineError, match=r"keys of layer 0, 11 tokens, are float32 .*; uint32 .* is needed"):
+        made.write(row(1), 11, state(11))
 
 
 def test_f91_a_state_that_does_not_fit_is_refused() -> None:
@@ -239,13 +245,16 @@ def test_f91_a_state_that_does_not_fit_is_refused() -> None:
     before = bits(made)
     good = state(11)
     wide = [*good[:2], good[2]._replace(values=good[2].keys), good[3]]
-    long = [*good[:3], LayerState(*(np.concatenate((a, a[:1])) for a in good[3]))]  # 11 tokens, where 10 are the window
-    double = [*good[:3], good[3]._replace(keys=good[3].keys.astype(np.float64))]
+    long = [
+        *good[:3],
+        LayerState(*(np.concatenate((a, a[:1])) for a in map(numbers, good[3]))),
+    ]  # 11 tokens, where 10 are the window
+    double = [*good[:3], good[3]._replace(keys=numbers(good[3].keys).astype(np.float64))]
     for num_tokens, layers, place, words in (
         (11, good[:3], row(0), "the state has 3 layers; the model has 4"),
-        (11, wide, row(0), r"values of layer 2 are float32 \(5, 2, 64\); 11 tokens need float32 \(5, 2, 32\)"),
-        (11, long, row(0), r"keys of layer 3 are float32 \(11, 2, 32\); 11 tokens need float32 \(10, 2, 32\)"),
-        (11, double, row(0), r"keys of layer 3 are float64"),
+        (11, wide, row(0), r"values of layer 2, 11 tokens, are float32 \(5, 2, 64\); float32 \(5, 2, 32\) is needed"),
+        (11, long, row(0), r"keys of layer 3, 11 tokens, are float32 \(11, 2, 32\); float32 \(10, 2, 32\) is needed"),
+        (11, double, row(0), r"keys of layer 3, 11 tokens, are float64"),
         (12, good, row(0), r"values of layer 1|keys of layer 1"),
         (11, good, row(0, size=2), "positions 0 to 10 are outside 2 blocks"),
         (11, good, KVRows((0, 1, 2), True), "a row has 0 rings"),

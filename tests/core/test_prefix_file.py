@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from cortexstream import LLM, SamplingParams
-from cortexstream.backend import LayerState
+from cortexstream import LLM, SamplingParams, prefix_file
+from cortexstream.backend import LayerState, PackedKV
 from cortexstream.errors import ArenaFullError, EngineError, InvalidRequestError, ModelLoadError
-from cortexstream.prefix_file import FORMAT, Prefix, checkpoint_id, load, save
+from cortexstream.prefix_file import FORMAT, Origin, Prefix, checkpoint_id, load, save
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
 PROMPT = [7 * i % 90 for i in range(1, 51)]
@@ -90,37 +91,34 @@ def test_refused_prefixes_leave_nothing_behind(tmp_path: Path) -> None:
             with pytest.raises(InvalidRequestError, match=words):
                 llm.save_prefix({"prompt_token_ids": tokens}, path)
         assert not path.exists()
-        with pytest.raises(InvalidRequestError, match="cannot be written"):
+        with pytest.raises(InvalidRequestError, match="there is no folder"):
             llm.save_prefix({"prompt_token_ids": PROMPT}, tmp_path / "nowhere" / "p")
         assert llm.save_prefix({"prompt_token_ids": PROMPT}, path) == 50
         data = path.read_bytes()
-        ids = np.array(PROMPT, np.int32)
+        origin = llm._origin()
         ones = np.ones((50, 1, 2), np.float32)
-
-        def broken(**tensors: Any) -> Path:
-            made = tmp_path / f"broken{len(list(tmp_path.iterdir()))}"
-            save_file({"tokens": ids, **tensors}, made, {"format": FORMAT, "checkpoint": "none"})
-            return made
-
-        for bad, kind, words in (
-            (tmp_path / "missing", ModelLoadError, "cannot be read"),
-            (broken(), InvalidRequestError, "has 0 layers; the model has 1"),
-            (broken(**{"layers.0.keys": ones}), ModelLoadError, "cannot be read"),
-            (broken(**{"layers.0.keys": ones[:9], "layers.0.values": ones}), InvalidRequestError, r"shape \(9, 1, 2\)"),
+        for layers, words in (
+            ([], "has 0 layers; the model has 1"),
             (
-                broken(**{"layers.0.keys": ones.astype(np.float64), "layers.0.values": ones}),
-                ModelLoadError,
-                "is not float32",
+                [LayerState(ones[:9], ones)],
+                r"keys in layer 0 that are float32 \(9, 1, 2\); float32 \(50, 1, 2\) is needed",
             ),
-            (broken(**{"layers.0.keys": ones * np.inf, "layers.0.values": ones}), ModelLoadError, "not finite"),
+            ([LayerState(ones, ones.astype(np.float64))], r"values in layer 0 that are float64"),
         ):
-            with pytest.raises(kind, match=words):
-                llm.load_prefix(bad)
+            save(tmp_path / "misfit", origin, Prefix(tuple(PROMPT), layers))
+            with pytest.raises(InvalidRequestError, match=words):
+                llm.load_prefix(tmp_path / "misfit")
+        for name, layer in (("infinite", LayerState(ones * np.inf, ones)), ("nan", LayerState(ones, ones * np.nan))):
+            save(tmp_path / name, origin, Prefix(tuple(PROMPT), [layer]))
+            with pytest.raises(ModelLoadError, match="not finite"):
+                llm.load_prefix(tmp_path / name)
+        with pytest.raises(ModelLoadError, match="cannot be read"):
+            llm.load_prefix(tmp_path / "missing")
         for content, words in ((data[:100], "cannot be read"), (b"", "cannot be read"), (data[:-4], "cannot be read")):
             (tmp_path / "cut").write_bytes(content)
             with pytest.raises(ModelLoadError, match=words):
                 llm.load_prefix(tmp_path / "cut")
-        save_file({"tokens": ids}, tmp_path / "other", {"format": "x"})
+        save_file({"tokens": np.array(PROMPT, np.int32)}, tmp_path / "other", {"format": "x"})
         with pytest.raises(ModelLoadError, match="no saved prefix"):
             llm.load_prefix(tmp_path / "other")
         llm.check()
@@ -156,11 +154,93 @@ def test_another_checkpoint_is_refused(tmp_path: Path) -> None:
     before = checkpoint_id(folder)
     assert before == checkpoint_id(folder) != checkpoint_id(None)
     state = LayerState(np.ones((2, 1, 1), np.float32), np.ones((2, 1, 1), np.float32))
-    save(tmp_path / "p", before, Prefix((1, 2), [state]))
-    assert load(tmp_path / "p", before).tokens == (1, 2)
+    save(tmp_path / "p", Origin(before, "float32"), Prefix((1, 2), [state]))
+    assert load(tmp_path / "p", Origin(before, "float32")).tokens == (1, 2)
+    with pytest.raises(ModelLoadError, match="kind 'float32', and this engine's are 'bfloat16': use the same dtype"):
+        load(tmp_path / "p", Origin(before, "bfloat16"))
     values = np.zeros(200_000, np.float32)
     values[100_000] = 1.0  # in the middle of the file
     save_file({"w": values}, folder / "model.safetensors")
     assert checkpoint_id(folder) != before
     with pytest.raises(ModelLoadError, match="another checkpoint"):
-        load(tmp_path / "p", checkpoint_id(folder))
+        load(tmp_path / "p", Origin(checkpoint_id(folder), "float32"))
+    (folder / "config.json").write_text('{"rope_theta": 1.0}')
+    assert checkpoint_id(folder) != checkpoint_id(None)
+    changed = checkpoint_id(folder)
+    (folder / "config.json").write_text('{"rope_theta": 2.0}')
+    assert checkpoint_id(folder) != changed
+
+
+def test_every_changed_byte_is_noticed(tmp_path: Path) -> None:
+    """A bit of the numbers, of the tokens, of the metadata; tensors of other names, types and shapes."""
+    rng = np.random.default_rng(0)
+    state = LayerState(*(rng.standard_normal((3, 2, 4)).astype(np.float32) for _ in range(2)))
+    packed = PackedKV(rng.integers(0, 2**32, (3, 2, 1), np.uint32), *(np.ones((3, 2, 1), np.float32) for _ in range(2)))
+    origin, path = Origin("none", "float32"), tmp_path / "p"
+    save(path, origin, Prefix((5, 6, 7), [state, LayerState(packed, packed)]))
+    whole = path.read_bytes()
+    found = load(path, origin)
+    assert found.tokens == (5, 6, 7) and isinstance(found.layers[1].values, PackedKV)
+    assert np.array_equal(found.layers[0].keys, state.keys)
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(ModelLoadError):
+            load(path, origin)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokens": np.array([[1, 2]], np.int32)}, "no list of int32 tokens"),
+        ({"tokens": np.array([1.5, 2], np.float32)}, "no list of int32 tokens"),
+        ({"tokens": None}, "no list of int32 tokens"),
+        ({"layers.0.keys": None}, "has no layers.0.keys"),
+        ({"layers.0.keys": None, "layers.0.keys.packed": np.ones(3, np.uint32)}, "only parts of it"),
+        ({"layers.2.keys": np.ones(3, np.float32)}, "has no layers.1.keys"),
+        ({"mask": np.ones(3, np.float32)}, "has mask, which has no place"),
+    ],
+)
+def test_a_file_of_other_tensors_is_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """Made with a digest that fits: what a program with an error of its own would write."""
+    ones = np.ones((2, 1, 1), np.float32)
+    tensors = {"tokens": np.array([1, 2], np.int32), "layers.0.keys": ones, "layers.0.values": ones, **change}
+    tensors = {name: array for name, array in tensors.items() if array is not None}
+    metadata = {"format": FORMAT, "checkpoint": "none", "numbers": "float32"}
+    save_file(tensors, tmp_path / "p", {**metadata, "digest": prefix_file._digest(metadata, tensors)})
+    with pytest.raises(ModelLoadError, match=words):
+        load(tmp_path / "p", Origin("none", "float32"))
+
+
+@pytest.mark.parametrize("path", ["", ".", "..", "/", "a\0b", "nowhere/p"])
+def test_a_path_that_cannot_be_a_file_is_refused_before_anything_is_computed(path: str, tmp_path: Path) -> None:
+    with null() as llm:
+        with pytest.raises(InvalidRequestError, match="path"):
+            llm.save_prefix({"prompt_token_ids": PROMPT}, path)
+        with pytest.raises(InvalidRequestError, match="is a folder"):
+            llm.save_prefix({"prompt_token_ids": PROMPT}, tmp_path)
+        assert llm.stats().prompt_tokens == 0
+
+
+def test_many_threads_save_and_load_one_path(tmp_path: Path) -> None:
+    """Whoever reads finds a whole file, somebody's; nothing is left beside it."""
+    path, errors = tmp_path / "p.safetensors", []
+    with null() as llm:
+        llm.save_prefix({"prompt_token_ids": PROMPT}, path)
+
+        def work(number: int) -> None:
+            try:
+                for _ in range(10):
+                    origin = llm._origin()
+                    saved = Prefix((number, 2), [LayerState(*(np.full((2, 1, 2), number, np.float32),) * 2)])
+                    save(path, origin, saved)
+                    read = load(path, origin)
+                    assert np.all(read.layers[0].keys == read.tokens[0])
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert not errors and [found.name for found in tmp_path.iterdir()] == [path.name]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cortexstream.backend import Backend, BackendOptions, KVQuantization
+from cortexstream.backend import Backend, BackendOptions, KVQuantization, PackedKV
 from cortexstream.backends import reference
 from cortexstream.errors import ModelLoadError
 from cortexstream.kernels.reference.attention import attention
@@ -17,6 +17,7 @@ from cortexstream.models import tiny_folder
 from cortexstream.plan import PlanRow, SampleSpec, SwapIn, SwapOut
 from cortexstream.text.tokenizer import Tokenizer
 from tests.conftest import require
+from tests.kv_numbers import numbers, same
 from tests.parity.reference_models import (
     EVERYTHING,
     VOCAB,
@@ -136,7 +137,7 @@ def test_f89_what_is_stored_is_the_definitions(folders: dict[str, Path], kv_dtyp
     exact, rounded = (backend.read_kv(rows_for(backend, 2), len(PROMPT))[0] for backend in backends)
     bits = 8 if kv_dtype == "int8" else 4
     for ours, theirs in zip(rounded, exact, strict=True):
-        assert np.array_equal(ours, dequantize(quantize(theirs, bits, 64), bits, 64))
+        assert same(ours, PackedKV(*quantize(numbers(theirs), bits, 64)))
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cortexstream.backend import kv_misfit
 from cortexstream.plan import KVRows, Move, PlanRow, SampleSpec, SwapIn, SwapOut, ring_tokens
 from tests.conftest import require
+from tests.kv_numbers import same
 from tests.parity.reference_models import (
     CASES,
     EVERYTHING,
@@ -155,12 +157,12 @@ def test_f91_state_read_and_written_elsewhere_continues(
     state = source.read_kv(kv, length)
     for layer, held in zip(source.model.layers, state, strict=True):
         tokens = length if layer.window is None else min(length, layer.window)
-        assert held.keys.shape == (tokens, 2, layer.key_dim) and held.keys.dtype == np.float32
-        assert held.values.shape == (tokens, 2, layer.value_dim) and held.values.dtype == np.float32
+        assert kv_misfit(held.keys, tokens, 2, layer.key_dim, None) is None
+        assert kv_misfit(held.values, tokens, 2, layer.value_dim, None) is None
     place = rows_for(target, 2)
     target.write_kv(place, length, state)
     for ours, theirs in zip(target.read_kv(place, length), state, strict=True):
-        assert np.array_equal(ours.keys, theirs.keys) and np.array_equal(ours.values, theirs.values)
+        assert same(ours.keys, theirs.keys) and same(ours.values, theirs.values)
     (row,) = step(target, 1, [PlanRow(0, 0, PROMPT[length : length + 9], length, place, EVERYTHING)])
     assert np.array_equal(distribution(row), unwrapped[name][length + 8])
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cortexstream import LLM, SamplingParams
+from cortexstream import LLM, ModelLoadError, SamplingParams
 from cortexstream.outputs import RequestOutput
 from tests.conftest import require
 from tests.parity.tiny_models import WINDOWED, write_model
@@ -95,6 +95,25 @@ def test_a_prefix_saved_by_one_backend_serves_the_other(tmp_path: Path, writer: 
         assert found - 1 <= outputs[0].num_cached_tokens
         assert said(outputs) == expected
         llm.check()
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("writer", "reader"), [("reference", "reference"), ("mlx", "mlx"), ("mlx", "reference"), ("reference", "cuda")]
+)
+def test_a_quantised_prefix_is_saved_as_it_is_stored(tmp_path: Path, writer: str, reader: str, kv_dtype: str) -> None:
+    """Rounding what was rounded would give other tokens; and numbers of another kind are refused."""
+    path = tmp_path / "system.safetensors"
+    with open_llm(writer, kv_dtype=kv_dtype) as llm:
+        llm.save_prefix(SYSTEM, path)
+    with open_llm(reader, kv_dtype=kv_dtype) as llm:
+        expected = said(llm.generate([SYSTEM + "kiwi"], GREEDY, use_tqdm=False))
+    with open_llm(reader, kv_dtype=kv_dtype) as llm:
+        found = llm.load_prefix(path)
+        outputs = llm.generate([SYSTEM + "kiwi"], GREEDY, use_tqdm=False)
+        assert found - 1 <= outputs[0].num_cached_tokens and said(outputs) == expected
+    with open_llm(reader) as llm, pytest.raises(ModelLoadError, match=f"numbers of kind '{kv_dtype} in groups of 64"):
+        llm.load_prefix(path)
 
 
 @pytest.mark.parametrize("model", sorted(WINDOWED))
