@@ -46,6 +46,16 @@ def require(name: str) -> ModuleType:
     pytest.skip(reason, allow_module_level=True)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked full_grid, unless -m says what to run."""
+    if config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("full_grid")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full_grid")]
+
+
 def pytest_unconfigure() -> None:
     """Tests that call MLX on the main thread must end as MLX asks every thread to end, or the process may abort."""
     if "mlx.core" in sys.modules:

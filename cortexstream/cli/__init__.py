@@ -17,6 +17,7 @@ from cortexstream import __version__
 from cortexstream.cli.chat import chat
 from cortexstream.cli.doctor import doctor
 from cortexstream.cli.generate import generate
+from cortexstream.cli.parity import parity
 from cortexstream.cli.warmup import warmup
 from cortexstream.errors import (
     BackendUnavailableError,
@@ -61,7 +62,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # an error that is not ours is a fault to report: its plain traceback is wanted
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, warmup, doctor):
+for command in (generate, chat, warmup, doctor, parity):
     app.command()(command)
 
 

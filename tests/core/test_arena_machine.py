@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -197,18 +198,21 @@ class Machine(RuleBasedStateMachine):
     """Histories as hypothesis finds them, and shortens them when one fails."""
 
     placement: Placement
+    policies: tuple[Policy, ...] = POLICIES
+    steps = 0  # of all histories
 
     @initialize(
         num_blocks=st.integers(1, 24), block_tokens=st.sampled_from([1, 2, 3, 4]), data=st.data(),
-        growth=st.sampled_from([1.0, 1.25, 2.0]), policy=st.sampled_from(["first_fit", "buddy"]),
+        growth=st.sampled_from([1.0, 1.25, 2.0]), number=PICK,
         windows=st.lists(st.integers(1, 9), max_size=2), caching=st.sampled_from([True, True, False]),
         headroom=st.sampled_from([0, 0, 10]),
     )  # fmt: skip
     def start(
-        self, num_blocks: int, block_tokens: int, data: st.DataObject, growth: float, policy: Policy,
+        self, num_blocks: int, block_tokens: int, data: st.DataObject, growth: float, number: int,
         windows: list[int], caching: bool, headroom: int,
     ) -> None:  # fmt: skip
         rings = [Ring(window, data.draw(st.integers(1, 2 * num_blocks))) for window in windows]
+        policy = type(self).policies[number % len(type(self).policies)]
         self.it = History(num_blocks, block_tokens, type(self).placement, growth, policy, rings, caching, headroom)
 
     @rule(like=PICK, keep=st.integers(0, 30), more=st.integers(1, 9), room=st.integers(0, 9),
@@ -265,6 +269,7 @@ class Machine(RuleBasedStateMachine):
     def agree(self) -> None:
         if hasattr(self, "it"):
             self.it.agree()
+            type(self).steps += 1
 
     def teardown(self) -> None:
         if hasattr(self, "it"):
@@ -285,6 +290,17 @@ SETTINGS = settings(max_examples=150, stateful_step_count=50, deadline=None, der
 @pytest.mark.parametrize("machine", [RunMachine, PagedMachine])
 def test_f83_f90_any_short_history_agrees_with_the_oracles(machine: type[Machine]) -> None:
     run_state_machine_as_test(machine, settings=SETTINGS)
+
+
+@pytest.mark.full_grid
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("machine", [RunMachine, PagedMachine])
+def test_f17_f20_f90_100_000_steps_of_hypothesis(machine: type[Machine], policy: Policy) -> None:
+    """The same for each policy, for as long as it takes: some minutes each."""
+    kind: Any = type("Long", (machine,), {"policies": (policy,), "steps": 0})
+    run_state_machine_as_test(kind, settings=settings(SETTINGS, max_examples=2100))
+    assert kind.steps >= 100_000
 
 
 def random_history(seed: int, placement: Placement) -> History:

@@ -8,11 +8,14 @@ import re
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 
 from cortexstream.errors import ArenaError, ArenaFullError
 from cortexstream.kv import KVArena, KVHandle, Ring
+from cortexstream.plan import SwapOut
 from tests.core.contents import Text, World
 from tests.core.support import PLACEMENTS, Placement
 from tests.core.test_arena_machine import state
@@ -62,12 +65,106 @@ def test_f13_counts_that_make_no_sense_are_refused(placement: Placement) -> None
         refused(arena, lambda: arena.grow(handle, count), f"num_tokens is {count}; must be at least 1")  # noqa: B023
         refused(arena, lambda: handle.advance(count), "num_tokens must be positive")  # noqa: B023
         refused(arena, lambda: arena.block_map(count), f"width is {count}; must be at least 1")  # noqa: B023
+        refused(arena, lambda: arena.need_blocks(count), f"num_tokens is {count}; must be at least 1")  # noqa: B023
+    refused(arena, lambda: arena.need_blocks(5, 4), "limit_tokens is 4; must be at least num_tokens, 5")
+    refused(arena, lambda: arena.admit(5, None, (), -1), "spare_blocks is -1; must be at least 0")
+    for bad in (1.5, 0.5, True, "2", math.nan, None):
+        calls: dict[str, list[Callable[[], object]]] = {
+            "num_tokens": [lambda: call(bad) for call in (arena.admit, arena.can_admit, arena.need_blocks)]  # noqa: B023
+            + [lambda: arena.grow(handle, bad), lambda: handle.advance(bad)],  # noqa: B023
+            "spare_blocks": [lambda: arena.admit(5, None, (), bad)],  # noqa: B023
+            "key": [lambda: arena.swap_out(handle, bad), lambda: arena.swap_drop(bad)],  # noqa: B023
+            "position": [lambda: handle.locate(bad)], "width": [lambda: arena.block_map(bad)],  # noqa: B023
+        }  # fmt: skip
+        for name, each in calls.items():
+            for refusal in each:
+                refused(arena, refusal, f"{name} is {bad!r}; must be a whole number")
+    refused(arena, lambda: arena.swap_in(handle, [1], 5), "key is [1]; must be a whole number")  # type: ignore[arg-type]
     for growth in (0.99, -1.0, math.nan, math.inf):
         with pytest.raises(ArenaError, match=f"growth is {growth}; must be at least 1, and finite"):
             KVArena(4, 4, placement, growth)
     with pytest.raises(ArenaError, match=r"placement 'run' with policy 'best': use run or paged, first_fit or buddy"):
         KVArena(4, 4, policy="best")  # type: ignore[arg-type]
     world.end()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_blocks": -1}, "num_blocks is -1; must be at least 0"),
+        ({"num_blocks": 4.0}, "num_blocks is 4.0; must be a whole number"),
+        ({"num_blocks": 2**31}, "num_blocks is 2147483648; more than 2147483647 cannot be managed"),
+        ({"num_blocks": 10**13}, "num_blocks is 10000000000000; more than 2147483647 cannot be managed"),
+        ({"num_blocks": 10**5000}, "num_blocks is a whole number of 16610 bits; more than 2147483647 cannot be"),
+        ({"block_tokens": True}, "block_tokens is True; must be a whole number"),
+        ({"headroom_tokens": 1.5}, "headroom_tokens is 1.5; must be a whole number"),
+        ({"headroom_tokens": True}, "headroom_tokens is True; must be a whole number"),
+        ({"headroom_tokens": -1}, "headroom_tokens is -1; must be at least 0"),
+        ({"growth": "x"}, "growth is 'x'; must be at least 1, and finite"),
+        ({"growth": True}, "growth is True; must be at least 1, and finite"),
+        ({"policy": ["a"]}, "placement '{placement}' with policy ['a']: use run or paged, first_fit or buddy"),
+        ({"placement": {}}, "placement {{}} with policy 'first_fit': use run or paged, first_fit or buddy"),
+        ({"prefix_caching": "no"}, "prefix_caching is 'no'; must be True or False"),
+        ({"rings": 5}, "rings is 5; must be a list or tuple of Ring(window, num_blocks)"),
+        ({"rings": [(4, 4)]}, "rings is [(4, 4)]; must be a list or tuple of Ring(window, num_blocks)"),
+        ({"rings": [Ring(4, 4), Ring(math.nan, 4)]}, "a ring's window is nan; must be a whole number"),  # type: ignore[arg-type]
+        ({"rings": [Ring(2.5, 4)]}, "a ring's window is 2.5; must be a whole number"),  # type: ignore[arg-type]
+        ({"rings": [Ring(4, 2.5)]}, "a ring's num_blocks is 2.5; must be a whole number"),  # type: ignore[arg-type]
+        ({"rings": [Ring(4, -1)]}, "a ring's num_blocks is -1; must be at least 0"),
+        ({"rings": [Ring(4, 2**31)]}, "a ring's num_blocks is 2147483648; more than 2147483647 cannot be managed"),
+    ],
+    ids=str,
+)
+def test_f13_arenas_that_cannot_be_are_refused(placement: Placement, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArenaError, match=f"^{re.escape(message.format(placement=placement))}") as caught:
+        KVArena(**{"num_blocks": 8, "block_tokens": 4, "placement": placement, **options})
+    assert len(str(caught.value)) < 150
+
+
+BAD_TOKENS: list[tuple[Any, str]] = [
+    (np.arange(5), "tokens is of type ndarray; must be a list or tuple of ints"),
+    ("abcde", "tokens is of type str; must be"), (range(5), "tokens is of type range; must be"),
+    ({0, 1}, "tokens is of type set; must be"), (None, "tokens is of type NoneType; must be"),
+    ([[1]] * 5, "token 0 is of type list; must be an int"), ([0, 1, 2, [1], 4], "token 3 is of type list; must be"),
+    ((0, 1, 2, 3, 4.0), "token 4 is of type float; must be"), ([0, True, 2], "token 1 is of type bool; must be"),
+    ([*np.arange(5)], "token 0 is of type int64; must be"), ([0, 1, None], "token 2 is of type NoneType; must be"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("rings", [(), (Ring(6, 16),)], ids=["full", "rings"])
+@pytest.mark.parametrize(("tokens", "message"), BAD_TOKENS, ids=[message.partition(";")[0] for _, message in BAD_TOKENS])
+def test_f13_tokens_are_plain_ints(placement: Placement, rings: tuple[Ring, ...], tokens: Any, message: str) -> None:
+    """Looked at before blocks change hands: neither a handle without blocks nor one that is unknown is left."""
+    world = World(16, 4, placement, rings=rings)
+    arena, handle = world.arena, world.begin(text(0, 6))
+    world.release(world.begin(text(0, 5)))
+    calls: list[Callable[[], object]] = [
+        lambda: arena.admit(8, None, tokens), lambda: arena.can_admit(8, None, tokens),
+        lambda: arena.publish(handle, tokens), lambda: arena.release(handle, tokens),
+    ]  # fmt: skip
+    for call in calls:
+        refused(arena, call, message)
+    assert arena.describe() and arena.snapshot() and handle.live
+    arena.publish(handle, text(0, 6))
+    for call in calls:
+        refused(arena, call, message)
+    world.end()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_f91_what_was_lost_is_not_copied_any_more(placement: Placement) -> None:
+    """After a failed step the backend is new: it must not be told to copy what it never had."""
+    world = World(16, 4, placement)
+    arena, handle, other = world.arena, world.begin(text(0, 6), publish=True), world.begin(text(100, 6))
+    arena.swap_out(other, 1)
+    copy = arena.admit(8, None, text(0, 6))
+    assert copy.position == 6 and isinstance(arena._ledger._ops[0], SwapOut) and len(arena._ledger._ops) == 2
+    arena.lose()
+    assert arena.take_moves() == ()
+    refused(arena, lambda: arena.swap_drop(1), "0 tokens are kept under 1")
+    assert handle.live and copy.live
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

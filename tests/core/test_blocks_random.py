@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -89,6 +90,7 @@ class Machine(RuleBasedStateMachine):
     """Any operation at any time with any argument: the oracle knows whether it must succeed."""
 
     make: Make
+    steps = 0  # of all histories
 
     @initialize(num_blocks=st.integers(0, 24))
     def start(self, num_blocks: int) -> None:
@@ -120,6 +122,7 @@ class Machine(RuleBasedStateMachine):
         for block in range(-1, self.pair.num_blocks + 1):
             self.pair.agree(block)
         self.pair.check()
+        type(self).steps += 1
 
 
 class FirstFitMachine(Machine):
@@ -139,3 +142,13 @@ def test_f12_any_short_history_agrees_with_a_bitmap() -> None:
 
 def test_f16_any_short_history_agrees_with_a_bitmap() -> None:
     run_state_machine_as_test(BuddyMachine, settings=SETTINGS)
+
+
+@pytest.mark.full_grid
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("machine", [FirstFitMachine, BuddyMachine])
+def test_f12_f16_100_000_steps_of_hypothesis(machine: type[Machine]) -> None:
+    """For as long as it takes: some minutes each."""
+    kind: Any = type("Long", (machine,), {"steps": 0})
+    run_state_machine_as_test(kind, settings=settings(SETTINGS, max_examples=2600))
+    assert kind.steps >= 100_000

@@ -14,7 +14,7 @@ import pytest
 
 from cortexstream import LLM, InvalidRequestError, SamplingParams
 from cortexstream.models import tiny_folder
-from cortexstream.parity import BOUNDS, QUANTIZED, STEPS, Fingerprint, follow, load
+from cortexstream.parity import BOUNDS, QUANTIZED, STEPS, Fingerprint, Trial, follow, load
 from cortexstream.parity.prompts import RANDOM_TOKENS, TEXTS
 from cortexstream.parity.trial import TOP_TOKENS
 from tests.cli.command_line import EMBEDDED, command, cortexstream, environment, is_one_sentence, write_random_llama
@@ -97,6 +97,22 @@ def test_p6_a_record_holds_tokens_and_logprobs_of_many_prompts(recorded: Path) -
     assert any(a.tokens != b.tokens for a, b in zip(record.trials[::2], record.trials[1::2], strict=True))
 
 
+def test_p6_recorded_tokens_are_what_a_request_gets(recorded: Path) -> None:
+    trials = load(recorded).trials[:8]
+    assert len({trial.seed for trial in trials}) == 4, "each prompt has a seed of its own"
+
+    def params(trial: Trial, seed: int) -> SamplingParams:
+        return SamplingParams(temperature=trial.temperature, seed=seed, max_tokens=64, ignore_eos=True)
+
+    with LLM(backend="reference", num_kv_blocks=200) as llm:
+        prompts = [{"prompt_token_ids": trial.token_ids} for trial in trials]
+        right = llm.generate(prompts, [params(trial, trial.seed) for trial in trials], use_tqdm=False)
+        wrong = llm.generate(prompts, [params(trial, trial.seed + 1) for trial in trials], use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in right] == [trial.tokens for trial in trials]
+    changed = [output.outputs[0].token_ids != trial.tokens for output, trial in zip(wrong, trials, strict=True)]
+    assert any(changed[1::2]) and not any(changed[::2]), "a seed matters to a draw, and only to a draw"
+
+
 def test_p6_the_same_machine_is_in_parity_to_the_bit(brief: Path, tmp_path: Path) -> None:
     report = check(brief)
     assert report["parity"] and report["max_error"] < 1e-7 and report["differences"] == 0
@@ -175,10 +191,12 @@ def test_p6_steps_are_compared_after_the_recorded_tokens(recorded: Path, faulty:
         (lambda data: data[: len(data) // 2], "is damaged, or is no parity record"),
         (lambda data: b"", "is damaged, or is no parity record"),
         (lambda data: b"\xff\xfe" + data, "is damaged, or is no parity record"),
+        (lambda data: data.replace(b'"logprobs":[-', b'"logprobs":[-1e999,-', 1), "-1e999 is no number"),
+        (lambda data: b"[" * 100_000, "is damaged, or is no parity record"),
         (lambda data: b"[]", "is no parity record"),
         (lambda data: data.replace(b"cortexstream-parity-1", b"cortexstream-parity-2"), "has the format"),
     ],
-    ids=["edited", "cut", "empty", "bytes", "other JSON", "newer"],
+    ids=["edited", "cut", "empty", "bytes", "infinite", "deep", "other JSON", "newer"],
 )
 def test_p6_a_damaged_record_is_refused(
     brief: Path, tmp_path: Path, fault: Callable[[bytes], bytes], words: str
@@ -202,6 +220,7 @@ def test_p6_a_record_that_is_not_there_is_refused(tmp_path: Path) -> None:
     [
         lambda record: record["trials"][0]["logprobs"].__setitem__(0, float("nan")),
         lambda record: record["trials"][0]["top_logprobs"][1].__setitem__(0, 0.5),
+        lambda record: record["trials"][0]["top_logprobs"][1].__setitem__(0, -(10**400)),
         lambda record: record["trials"][0]["tokens"].pop(),
         lambda record: record["trials"][3]["tokens"].__setitem__(-1, 384),
         lambda record: record["trials"][0]["top_tokens"][1].__setitem__(0, record["trials"][0]["top_tokens"][1][1]),
@@ -209,7 +228,7 @@ def test_p6_a_record_that_is_not_there_is_refused(tmp_path: Path) -> None:
         lambda record: record["origin"].__setitem__("dtype", "int3"),
         lambda record: record["fingerprint"].pop("config"),
     ],
-    ids=["NaN", "above 1", "a step less", "no such token", "twice", "no trials", "dtype", "fingerprint"],
+    ids=["NaN", "above 1", "too large", "a step less", "no such token", "twice", "no trials", "dtype", "fingerprint"],
 )
 def test_p6_a_record_with_a_right_checksum_and_wrong_contents_is_refused(
     brief: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object]

@@ -136,3 +136,11 @@ def test_p6_a_trial_survives_its_file_to_the_seventh_decimal() -> None:
     assert back.tokens == trial.tokens and replace(back, steps=()) == replace(trial, steps=())
     for before, after in zip(trial.steps, back.steps, strict=True):
         assert max(logprob_errors(before, after)) < 1e-7
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 0.1, "-1", True, None])
+def test_p6_what_is_no_logprob_makes_no_trial(value: object) -> None:
+    values = trial_and_steps(0.0, 0.8, 3)[0].as_json()
+    values["logprobs"][1] = value
+    with pytest.raises(ValueError, match="is no logprob"):
+        Trial.from_json(values)
