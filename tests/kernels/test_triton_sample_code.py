@@ -1,4 +1,4 @@
-"""What the interpreter cannot see of `kernels.triton.sample`: its launches, compilations and rounding (F47, F75, P5)."""
+"""What is compiled for `kernels.triton.sample`: its launches, compilations and rounding (F47, F75, P5)."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from cortexstream.kernels.triton.decode_attention import (
 )
 from cortexstream.kernels.triton.decode_splits import most_splits, split_offsets
 from tests.kernels.triton.support import (
+    DEVICE,
     DTYPES,
     INTERPRETED,
     Memory,
@@ -200,6 +201,40 @@ def test_scratch_memory_may_be_shared_by_launches() -> None:
         assert not workspace.finished.any()
 
 
+def test_f48_rows_share_the_memory_for_splits() -> None:
+    """One launch takes as many items as there are splits; a row that finds none left gives NaN, and no other does."""
+    lengths = [70, 0, 200, 1, 130]  # 2, 1, 4, 1 and 3 splits
+    held = memory(lengths, 2, 32, 48, HALF, 16)
+    q = normal(5, 4, 32, dtype=HALF)
+    want = decode(q, held, lengths)
+    fits = make_workspace(q, 48, max_tokens=2000, total_tokens=401, config=SMALL)
+    assert len(fits.sums) == 401 // 64 + 5 < 5 * most_splits(2000, None, 64)
+    assert len(make_workspace(q, 48, max_tokens=100, total_tokens=9999, config=SMALL).sums) == 5 * 2
+    for _ in range(2):
+        assert same(decode(q, held, lengths, one_launch=True, workspace=fits), want)
+        assert not fits.finished.any()
+    short = make_workspace(q, 48, max_tokens=2000, total_tokens=200, config=SMALL)  # 8 items
+    got = decode(q, held, lengths, one_launch=True, workspace=short)
+    assert same(got[:4], want[:4]) and bool(got[4].isnan().all())
+    with pytest.raises(ValueError, match="workspace holds 8 splits"):
+        decode(q, held, lengths, workspace=short)
+
+
+def test_f47_the_same_launch_serves_other_lengths() -> None:
+    """As when a graph replays it: nothing but what lies in lengths, tables and offsets changes."""
+    held = memory([300, 200, 150], 1, 32, 32, FLOAT, 16)
+    q, counts, offsets = normal(3, 4, 32), int32(0, 0, 0), torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    workspace, out = make_workspace(q, 32, max_tokens=320, config=SMALL), torch.zeros(3, 4, 32, device=DEVICE)
+    for lengths in ([300, 200, 150], [1, 0, 64], [65, 129, 0], [0, 0, 0]):
+        counts.copy_(int32(*lengths))
+        split_offsets(counts, max_tokens=320, split=SMALL.split, out=offsets)
+        decode_attention(
+            q, *held[:3], counts, block_tokens=16, max_tokens=320, offsets=offsets, workspace=workspace, out=out,
+            config=SMALL,
+        )  # fmt: skip
+        near(out, definition(q, held, lengths), FLOAT)
+
+
 def test_tables_and_lengths_may_be_parts_of_larger_ones() -> None:
     lengths = [9, 70, 33]
     held = memory(lengths, 1, 32, 32, FLOAT, 16)
@@ -262,6 +297,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tables": int32(0, 1, 2, 3)[None]}, "2 rows of at most 64 tokens do not fit 1 rows"),
     ({"window": 0}, "window is 0; it must be at least 1"),
     ({"softcap": 0.0}, "softcap is 0.0; it must be above 0"),
+    ({"k_scale": 0.5}, "k_scale is 0.5, but the pools are not of fp8; leave it at 1"),
+    ({"v_scale": 0.0}, "v_scale is 0.0; it must be above 0 and finite"),
     ({"sinks": normal(2)}, r"sinks has shape \[2\]; it must be \[4\]"),
     ({"out": normal(2, 4, 15)}, r"out has shape \[2, 4, 15\]; it must be \[2, 4, 16\]"),
     ({"offsets": int32(0, 1)}, r"offsets has shape \[2\]; it must be \[3\]"),

@@ -5,99 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from cortexstream import sampling
 from cortexstream.kernels.triton.sample import CONFIGS, Config, Drawn, RowParameters, Tables, sample
 from cortexstream.plan import SampleSpec
+from tests.kernels.triton.sample_support import (
+    TINY,
+    definition,
+    logits_of,
+    parameters,
+    random_spec,
+    tables,
+    telling_position,
+    winning_position,
+)
 from tests.kernels.triton.support import DEVICE, DTYPES, exact, fenced, same, torch
-
-Floats = npt.NDArray[np.float32]
-
-TINY = Config(split=32, split_warps=1, group=2, capacity=12, block=16, block_warps=1)
-"""Many splits, lists of several blocks, and rows with more candidates than a list holds, in small vocabularies."""
-
-
-def parameters(specs: list[SampleSpec], positions: list[int]) -> RowParameters:
-    """Row r has line r of the tables."""
-
-    def column(name: str, dtype: Any = torch.float32) -> Any:
-        return torch.tensor([getattr(spec, name) for spec in specs], dtype=dtype, device=DEVICE)
-
-    with np.errstate(divide="ignore"):
-        log_min_p = np.log(np.array([spec.min_p for spec in specs])).astype(np.float32)
-    seeds = np.array([spec.seed for spec in specs], np.uint64).view(np.int64)
-    line = torch.arange(len(specs), dtype=torch.int32, device=DEVICE)
-    return RowParameters(
-        slot=line, bias_slot=line.clone(), temperature=column("temperature"), top_k=column("top_k", torch.int32),
-        top_p=column("top_p"), log_min_p=torch.from_numpy(log_min_p).to(DEVICE),
-        seed=torch.from_numpy(seeds).to(DEVICE), position=torch.tensor(positions, dtype=torch.int32, device=DEVICE),
-        sample_index=column("sample_index", torch.int32), repetition_penalty=column("repetition_penalty"),
-        frequency_penalty=column("frequency_penalty"), presence_penalty=column("presence_penalty"),
-    )  # fmt: skip
-
-
-def tables(specs: list[SampleSpec], vocab_size: int, counts_dtype: Any = torch.int32) -> Any:
-    bias = torch.zeros(len(specs), vocab_size)
-    counts = torch.zeros(len(specs), vocab_size, dtype=counts_dtype)
-    seen = torch.zeros(len(specs), vocab_size, dtype=torch.uint8)
-    for r, spec in enumerate(specs):
-        for token, value in spec.logit_bias:
-            bias[r, token] += value
-        bias[r, list(spec.banned)] = -torch.inf
-        for token in spec.output_tokens:
-            counts[r, token] += 1
-        seen[r, list(spec.prompt_tokens)] = 1
-    return Tables(bias.to(DEVICE), counts.to(DEVICE), seen.to(DEVICE))
-
-
-def random_spec(rng: np.random.Generator, vocab: int) -> SampleSpec:
-    def tokens(count: int, below: int = vocab) -> tuple[int, ...]:
-        return tuple(rng.integers(below, size=count).tolist())
-
-    penalised, biased = rng.random() < 0.4, rng.random() < 0.3
-    return SampleSpec(
-        temperature=rng.choice([0.0, 0.3, 0.8, 1.0, 1.7]), top_k=int(rng.choice([0, 0, 1, 5, vocab // 2, vocab + 3])),
-        top_p=rng.choice([1.0, 1.0, 0.99, 0.9, 0.5, 0.01]), min_p=rng.choice([0.0, 0.0, 0.05, 0.5, 1.0]),
-        seed=int(rng.integers(2**64, dtype=np.uint64)), sample_index=int(rng.integers(4)),
-        repetition_penalty=rng.choice([1.0, 1.3, 0.7]) if penalised else 1.0,
-        presence_penalty=rng.choice([0.0, 0.6]) if penalised else 0.0,
-        frequency_penalty=rng.choice([0.0, -0.4]) if penalised else 0.0,
-        prompt_tokens=tokens(9) if penalised else (),
-        output_tokens=tokens(7, min(vocab, 4)) if penalised else (),  # with repeats
-        logit_bias=tuple(zip(tokens(2), rng.uniform(-5, 5, 2).tolist(), strict=True)) if biased else (),
-        banned=tokens(3)[: vocab // 4] if biased else (),
-    )  # fmt: skip
-
-
-def telling_position(z: Floats, spec: SampleSpec, rng: np.random.Generator) -> int:
-    """Where a token next to the row's threshold is drawn if it is kept; anywhere if that is not found soon."""
-    start = int(rng.integers(10**6))
-    if spec.temperature == 0.0:
-        return start
-    z = sampling.penalise(sampling.bias(z, spec), spec) / np.float32(spec.temperature)
-    kept = np.isfinite(sampling.keep(z, spec))
-    inside, outside = z[kept].min(), z[~kept].max(initial=-np.inf)
-    edge = inside if rng.random() < 0.5 or np.isinf(outside) else outside
-    token = int(rng.choice(np.flatnonzero(z == edge)))
-    field = np.where(kept | (z == edge), z, -np.inf)
-    for position in range(start, start + 100):
-        if np.argmax(field + sampling.noise(spec.seed, position, spec.sample_index, len(z))) == token:
-            return position
-    return start
-
-
-def logits_of(rng: np.random.Generator, rows: int, vocab: int, dtype: Any = torch.float32) -> Any:
-    """Some rows in steps of 1/4, with many ties; some nearly flat, some steep."""
-    z = rng.standard_normal((rows, vocab)) * rng.choice([0.3, 1.0, 3.0], (rows, 1))
-    z = np.where(rng.random((rows, 1)) < 0.3, np.round(4 * z) / 4, z)
-    return torch.from_numpy(z.astype(np.float32)).to(dtype).to(DEVICE)
-
-
-def definition(logits: Any, specs: list[SampleSpec], positions: list[int]) -> list[int]:
-    rows = exact(logits).astype(np.float32)
-    return [sampling.draw(*row) for row in zip(rows, specs, positions, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +44,32 @@ def test_p5_f71_draws_are_the_definitions(vocab: int, rows: int, dtype: Any, con
     assert got.tokens.tolist() == definition(logits, specs, positions)
     want = [float(sampling.log_softmax(numbers[r])[token]) for r, token in enumerate(got.tokens.tolist())]
     np.testing.assert_allclose(exact(got.logprobs), want, rtol=2e-6, atol=2e-6)
+
+
+def test_p5_large_noise_keeps_its_last_bits() -> None:
+    """Where the first of two tokens gets the most, the other's logit makes up for it, but for 2e-5 more or less."""
+    noise = np.array([sampling.noise(5, position, 0, 2) for position in range(10**4)])
+    positions = np.argsort(noise[:, 0])[-3:].tolist() * 2
+    lead = noise[positions, 0] - noise[positions, 1] + np.repeat(np.array([-2e-5, 2e-5], np.float32), 3)
+    logits = torch.from_numpy(np.stack((np.zeros_like(lead), lead), 1)).to(DEVICE)
+    rows = parameters([SampleSpec(temperature=1.0, seed=5)] * 6, positions)
+    assert sample(logits, rows, filters=False).tokens.tolist() == [0, 0, 0, 1, 1, 1]
+    assert sample(logits, rows._replace(top_k=rows.top_k + 1)).tokens.tolist() == [1] * 6
+    listed = rows._replace(top_p=rows.top_p - 1e-6)
+    assert sample(logits, listed).tokens.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+MANY = [{"min_p": 0.4}, {"min_p": 0.4, "top_p": 0.7}, {"min_p": 0.4, "top_k": 40}, {"top_p": 0.8}, {"top_k": 50}]
+
+
+def test_p5_f71_more_candidates_than_a_list_holds() -> None:
+    rng = np.random.default_rng(4)
+    specs = [SampleSpec(temperature=1.0, seed=seed, **filters) for filters in MANY for seed in range(2)]  # type: ignore[arg-type]
+    numbers = rng.uniform(-2, 0, (len(specs), 90)).astype(np.float32)
+    positions = [telling_position(z, spec, rng) for z, spec in zip(numbers, specs, strict=True)]
+    logits = torch.from_numpy(numbers).to(DEVICE)
+    got = sample(logits, parameters(specs, positions), config=TINY)
+    assert got.tokens.tolist() == definition(logits, specs, positions)
 
 
 LARGE = [
@@ -149,7 +98,6 @@ def large_vocabulary(dtype: Any, config: Config | None) -> None:
     assert got.tokens.tolist() == definition(logits, LARGE, positions)
 
 
-LN2 = float(np.log(2))
 KEPT: list[tuple[list[float], dict[str, float], list[int]]] = [  # logits, filters, what is kept
     ([0.4, 0.3, 0.15, 0.1, 0.05], {"top_p": 0.9}, [0, 1, 2, 3]),
     ([0.95, 0.02, 0.02, 0.01], {"top_p": 0.9}, [0]),
@@ -180,12 +128,33 @@ def test_f71_what_is_kept() -> None:
         spec = SampleSpec(temperature=1.0, seed=5, **filters)  # type: ignore[arg-type]
         assert np.flatnonzero(np.isfinite(sampling.keep(z, spec))).tolist() == kept
         for token in np.flatnonzero(np.isfinite(z)).tolist():
-            field = np.where(np.isin(np.arange(width), [*kept, token]), z, -np.inf)
-            wins = (p for p in range(10**4) if np.argmax(field + sampling.noise(5, p, 0, width)) == token)
-            cases.append((z, spec, next(wins), token, token in kept))
+            field = np.where(np.isin(np.arange(width), [*kept, token]), z, np.float32(-np.inf))
+            cases.append((z, spec, winning_position(field, token), token, token in kept))
     logits, specs, positions, tokens, verdicts = map(list, zip(*cases, strict=True))
     got = sample(torch.from_numpy(np.stack(logits)).to(DEVICE), parameters(specs, positions), config=TINY)
     assert (got.tokens.cpu().numpy() == tokens).tolist() == verdicts
+
+
+def test_f71_a_threshold_counts_both_zeros_as_one() -> None:
+    for z in (np.array([-0.0, 0.0, -2.0], np.float32), np.array([0.0, -0.0, -2.0], np.float32)):
+        positions = [winning_position(z, token) for token in range(3)]
+        specs = [SampleSpec(temperature=1.0, seed=5, top_k=1)] * 3
+        got = sample(torch.from_numpy(z).to(DEVICE).repeat(3, 1), parameters(specs, positions), config=TINY)
+        assert (got.tokens.cpu().numpy() == np.arange(3)).tolist() == [True, True, False]
+
+
+def test_f71_temperature_divides_to_the_nearest_float() -> None:
+    """The threshold of min-p is put at the quotient, where a product with the reciprocal falls below it."""
+    temperature = np.float32(0.3)
+    x = -np.random.default_rng(0).random(100).astype(np.float32)
+    x = x[x * (np.float32(1) / temperature) < x / temperature][0]
+    floor = x / temperature
+    above = np.nextafter(floor, np.float32(0))
+    spec = SampleSpec(temperature=0.3, seed=5, min_p=0.5)
+    rows = parameters([spec] * 2, [winning_position(np.array([0.0, floor], np.float32), 1)] * 2)
+    rows = rows._replace(log_min_p=torch.tensor(np.array([floor, above]), device=DEVICE))
+    got = sample(torch.tensor([[0.0, float(x)]] * 2, device=DEVICE), rows, config=TINY)
+    assert got.tokens.tolist() == [1, 0]
 
 
 def test_f71_pure_temperature_follows_the_distribution() -> None:

@@ -1,0 +1,62 @@
+"""`attention_with_kv_cache` on the Triton kernels: the tests of ../test_attention_with_kv_cache.py, and what only a GPU
+can show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cortexstream.kernels.torch import attention_with_kv_cache as module
+from tests.kernels.test_attention_with_kv_cache import (  # noqa: F401 - tests, collected here, too
+    Q,
+    cache_of,
+    projections,
+    test_a_scale_and_views_with_other_strides,
+    test_f39_a_window_looks_back_from_each_query,
+    test_f43_a_first_call_makes_a_cache_that_the_caller_owns,
+    test_f43_a_prompt_and_then_tokens_are_one_causal_attention,
+    test_f43_without_an_update_nothing_changes,
+    test_f45_rows_of_different_lengths,
+    test_f46_an_overflow_is_told_and_nothing_written,
+    test_f46_unchecked_a_row_that_overflows_is_left_out,
+    test_f50_query_heads_share_key_heads,
+    test_f51_a_prompt_in_chunks_gives_the_same,
+    test_f51_equal_scores_give_running_means,
+)
+from tests.kernels.triton.support import DEVICE, torch
+
+
+@pytest.fixture(autouse=True)
+def nothing_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test of this file fails if torch computes."""
+
+    def fail(reason: str) -> None:
+        raise AssertionError(f"computed in torch: {reason}")
+
+    monkeypatch.setattr(module, "_tell", fail)
+
+
+def test_heads_that_the_kernels_do_not_take_are_left_to_torch() -> None:
+    if torch.cuda.is_available():
+        assert module._why_torch(torch.zeros(1, 1, 1, 257, device=DEVICE), Q, Q) == "heads have more than 256 numbers"
+    assert module._why_torch(Q, Q, Q) is None
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_f47_decoding_waits_for_nothing(where: str) -> None:
+    """200 tokens while whatever waits for the GPU is an error; lengths on the device are not checked then."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    cache = cache_of([0, 17, 200, 64], 512, 2, 64)
+    cache = cache._replace(seq_lens=cache.seq_lens.to(DEVICE if where == "device" else "cpu"))
+    q, k, v = projections(4, 8, 2, 1, 64)
+    module.attention_with_kv_cache(q, k, v, cache, check=where == "host")  # compiles
+    mode: Any = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(200):
+            module.attention_with_kv_cache(q, k, v, cache, check=where == "host")
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    assert cache.seq_lens.tolist() == [n + 201 for n in (0, 17, 200, 64)]
