@@ -1,0 +1,149 @@
+"""`scripts/gpu_check.py` runs all of its parts without a GPU, tiny, and then claims to have measured nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.command_line import environment
+from tests.conftest import require
+from tests.repo.tree import ROOT
+
+COUNTED = {  # units of figures that are counted or judged, not timed: a run on a CPU may state them
+    "of the norm", "runs", "MB", "kB", "GB", "tokens", "tokens compared", "lengths",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def needed() -> None:
+    for name in ("torch", "triton", "transformers"):
+        require(name)
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+
+def gpu_check(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "scripts/gpu_check.py", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=400,
+        check=False, env=environment() | (env or {}),
+    )  # fmt: skip
+
+
+@pytest.mark.timeout(500)
+def test_f58_every_part_runs_on_a_cpu_and_measures_nothing(needed: None, tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    done = gpu_check("--smoke", "--json", str(file), "--commit", "abc")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(file.read_text())
+    assert {"date", "device", "versions", "system", "python"} <= found.keys() and found["smoke"]
+    assert found["commit"] == "abc" and found["command"][1:] == ["--smoke", "--json", str(file), "--commit", "abc"]
+    parts = found["parts"]
+    assert sorted({part["part"] for part in parts.values()}) == list("abcde") and len(parts) == 12
+    for part in parts.values():
+        assert part["ended"] == "finished" and part["rows"]
+        for row in part["rows"]:
+            assert row["ok"] is not False and "why" not in row, row
+            for figure in row["figures"].values():
+                assert figure["unit"]
+                if figure["value"] is None:
+                    assert "no GPU" in figure["note"]
+                else:
+                    assert figure["unit"] in COUNTED or figure["unit"].startswith("of "), (row, figure)
+    assert {goal["verdict"] for goal in found["goals"]} == {"not measured"}
+    checks = {name: sum(row["ok"] is True for row in part["rows"]) for name, part in parts.items()}
+    assert checks["writes"] >= 10 and checks["products"] == 3 and checks["decode"] == checks["prefill"] == 4
+    assert checks["tokens"] == 2 and checks["steps"] == 5
+    assert "met" not in done.stdout.split("goals")[1]
+
+
+def test_without_a_gpu_it_says_so(needed: None) -> None:
+    done = gpu_check(env={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "--smoke" in done.stderr
+
+
+def test_without_torch_it_says_so(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    done = gpu_check("--smoke", env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "torch" in done.stderr
+
+
+def test_an_unknown_part_is_refused() -> None:
+    done = gpu_check("--only", "a,f")
+    assert done.returncode == 2 and "'f' is no part; choose from a,b,c,d,e" in done.stderr
+
+
+def test_a_part_that_crashes_or_hangs_leaves_what_it_found(
+    scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = import_module("gpu_check")
+    (tmp_path / "some_part.py").write_text(
+        "import os, time\n"
+        "from gpu_check_record import Figure\n"
+        "def crash(report, smoke):\n    report.add('x', 'first', n=Figure(1.0, 'of 1'))\n    os.abort()\n"
+        "def hang(report, smoke):\n    report.add('x', 'first', n=Figure(1.0, 'of 1'))\n    time.sleep(600)\n"
+    )
+    (tmp_path / "run.py").write_text(
+        f"import sys\nsys.path[:0] = [{str(ROOT / 'scripts')!r}, {str(tmp_path)!r}]\nimport gpu_check\n"
+        "gpu_check.STAGES.update({name: gpu_check.Stage('a', 'some_part', name, 9, 0) for name in ('crash', 'hang')})\n"
+        "sys.exit(gpu_check.main())\n"
+    )
+    stages = {name: check.Stage("a", "some_part", name, 5.0, 0) for name in ("crash", "hang")}
+    monkeypatch.setattr(check, "STAGES", stages)
+    monkeypatch.setattr(check, "__file__", str(tmp_path / "run.py"))
+    parts = check.run_all(["crash", "hang"], False)
+    assert [row["name"] for part in parts.values() for row in part["rows"]] == ["first", "first"]
+    assert "-6" in parts["crash"]["ended"] and parts["hang"]["ended"] == "stopped after 5 s"
+    assert not import_module("gpu_check_goals").sound(parts)
+
+
+def parts_with(**figures: float) -> dict[str, Any]:
+    """A run that measured the decode steps of these names, as times their floor."""
+    rows = [
+        {"group": "step", "name": name, "ok": None, "figures": {"above": {"value": value, "unit": "x the floor"}}}
+        for name, value in figures.items()
+    ]
+    return {"model bf16": {"part": "d", "ended": "stopped after 90 s", "rows": rows}}
+
+
+def test_goals_are_met_missed_or_not_measured(scripts: None) -> None:
+    goals = import_module("gpu_check_goals")
+    found = {goal.name: goal for goal in goals.goals(parts_with(**{"bf16, batch 1": 1.2, "bf16, batch 16": 1.3}))}
+    verdicts = {name.split(": ")[0][-14:]: goal.verdict() for name, goal in found.items() if "decode step" in name}
+    assert verdicts == {
+        " bf16, batch 1": "met", "bf16, batch 16": "missed", "4-bit, batch 1": "not measured",
+        "-bit, batch 16": "not measured",
+    }  # fmt: skip
+    late = next(goal for goal in found.values() if "4-bit, batch 1:" in goal.name)
+    assert "stopped after 90 s" in late.found.note
+
+
+def test_a_wrong_kernel_is_noticed(scripts: None, needed: None, tmp_path: Path) -> None:
+    """Numbers that are off, bits that change, bits that another way does not have."""
+    torch: Any = require("torch")
+    case, record = import_module("gpu_check_case"), import_module("gpu_check_record")
+    report = record.Report(tmp_path / "rows.json", True)
+    one, draws = torch.ones(2, 3), iter(range(100))
+    wanted = one.double().numpy()
+    judge = lambda found: case.relative(found[0], wanted)  # noqa: E731
+    other = lambda: iter([("alone", [one + 1], [one])])  # noqa: E731
+    for made in (
+        case.Case("right", torch.float32, lambda: [one], judge),
+        case.Case("off", torch.float32, lambda: [one * torch.tensor([[1.0], [1.001]])], judge),
+        case.Case("NaN", torch.float32, lambda: [one * float("nan")], judge),
+        case.Case("changing", torch.float32, lambda: [one, torch.tensor([next(draws)])], judge),
+        case.Case("another way", torch.float32, lambda: [one], judge, other),
+    ):
+        case.check(report, made, 3)
+    assert [row["ok"] for row in report.rows] == [True, False, False, False, False]
+    assert "2 of 2 repeats" in report.rows[3]["why"] and "alone" in report.rows[4]["why"]
