@@ -7,16 +7,18 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from cortexstream.errors import InvalidRequestError
+from cortexstream.errors import InvalidRequestError, shown
 
 BACKENDS = ("auto", "mlx", "cuda", "reference", "null")
 MAX_NUM_SEQS = 4096
+MAX_KV_BLOCKS = 2**31 - 1  # of one pool: block tables hold 32-bit numbers, and a block takes some 40 bytes of the host
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "kv_layout": (None, "run", "paged"),
     "kv_policy": ("first_fit", "buddy"),
     "kv_dtype": ("auto", "int8", "int4"),
     "preemption_mode": ("auto", "recompute", "swap"),
 }
+MAX_BYTES = 1 << 62  # more than any machine has, and exact as a float
 SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)b?")
 
 
@@ -39,36 +41,43 @@ class EngineConfig:
     kv_dtype: Literal["auto", "int8", "int4"] = "auto"  # auto: like dtype; else integers with a scale per group
     enable_prefix_caching: bool = True  # what was computed for one prompt serves others that begin alike
     preemption_mode: Literal["auto", "recompute", "swap"] = "auto"  # auto: the cheaper one, as measured
-    swap_memory: int | str | None = None  # bytes of host memory for preempted sequences; None: 1/4 of the KV memory
+    swap_memory: int | str | None = None  # most bytes of host memory, beside the KV memory and taken when they are
+    # used, for copies of preempted sequences; 0: none; None: 1/4 of the KV memory, at most 4 GiB
     seed: int | None = 0  # where requests without a seed get theirs from; None: another one at every start
     revision: str | None = None  # of a Hugging Face id
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
-            raise InvalidRequestError("backend", f"is {self.backend!r}; must be one of {', '.join(BACKENDS)}")
+            raise InvalidRequestError("backend", f"is {shown(self.backend)}; must be one of {', '.join(BACKENDS)}")
         for name, values in CHOICES.items():
             if getattr(self, name) not in values:
                 words = " or ".join(repr(value) for value in values if value is not None)
-                raise InvalidRequestError(name, f"is {getattr(self, name)!r}; must be {words}")
+                raise InvalidRequestError(name, f"is {shown(getattr(self, name))}; must be {words}")
         if not isinstance(self.enable_prefix_caching, bool):
             raise InvalidRequestError(
-                "enable_prefix_caching", f"is {self.enable_prefix_caching!r}; must be True or False"
+                "enable_prefix_caching", f"is {shown(self.enable_prefix_caching)}; must be True or False"
             )
         share = self.memory_utilization
-        if share is not None and (not isinstance(share, (int, float)) or not 0.0 < share <= 1.0):
-            raise InvalidRequestError("memory_utilization", f"is {share!r}; must be a number above 0, at most 1")
+        number = isinstance(share, (int, float)) and not isinstance(share, bool)
+        if share is not None and (not number or not 0.0 < share <= 1.0):
+            raise InvalidRequestError("memory_utilization", f"is {shown(share)}; must be a number above 0, at most 1")
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "num_kv_blocks", "block_tokens"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise InvalidRequestError(name, f"is {value!r}; must be a whole number of at least 1")
+                raise InvalidRequestError(name, f"is {shown(value)}; must be a whole number of at least 1")
         if self.max_num_seqs > MAX_NUM_SEQS:
-            raise InvalidRequestError("max_num_seqs", f"is {self.max_num_seqs}; must be at most {MAX_NUM_SEQS}")
+            raise InvalidRequestError("max_num_seqs", f"is {shown(self.max_num_seqs)}; must be at most {MAX_NUM_SEQS}")
+        if self.num_kv_blocks is not None and self.num_kv_blocks > MAX_KV_BLOCKS:
+            raise InvalidRequestError(
+                "num_kv_blocks", f"is {shown(self.num_kv_blocks)}; must be at most {MAX_KV_BLOCKS}"
+            )
         seed = self.seed
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64):
-            raise InvalidRequestError("seed", f"is {seed!r}; must be None or a whole number, 0 to 2**64 - 1")
+            raise InvalidRequestError("seed", f"is {shown(seed)}; must be None or a whole number, 0 to 2**64 - 1")
         if self.kv_cache_memory is not None:
             object.__setattr__(self, "kv_cache_memory", parse_bytes("kv_cache_memory", self.kv_cache_memory))
-        if self.swap_memory is not None and self.swap_memory != 0:  # 0: never swap
+        never_swap = type(self.swap_memory) is int and self.swap_memory == 0
+        if self.swap_memory is not None and not never_swap:
             object.__setattr__(self, "swap_memory", parse_bytes("swap_memory", self.swap_memory))
 
     @classmethod
@@ -82,15 +91,20 @@ class EngineConfig:
 
 
 def parse_bytes(field: str, value: int | str) -> int:
-    """Bytes from a number or a text like "512MiB", "4G", "1.5 TB"; raises InvalidRequestError."""
-    match = SIZE.fullmatch(str(value).strip().lower())
-    size = 0
-    if match is not None and not isinstance(value, bool):
+    """Bytes, 1 to MAX_BYTES, from a number or a text like "512MiB", "4G", "1.5 TB"; raises InvalidRequestError."""
+    size: float = 0
+    if isinstance(value, int):
+        size = 0 if isinstance(value, bool) else value
+    elif match := SIZE.fullmatch(str(value).strip().lower()):
         number, unit, binary = match.groups()
-        size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit or " "))
+        size = float(number) * (1024 if binary else 1000) ** " kmgt".index(unit or " ")  # inf: refused like any other
+    if size > MAX_BYTES:
+        raise InvalidRequestError(field, f"is {shown(value)}; must be at most 2**62 bytes")
     if size < 1:
-        raise InvalidRequestError(field, f"is {value!r}; must be a number of bytes, or a text like '512MiB' or '4GiB'")
-    return size
+        raise InvalidRequestError(
+            field, f"is {shown(value)}; must be a number of bytes, or a text like '512MiB' or '4GiB'"
+        )
+    return int(size)
 
 
 def backend_from_environment() -> str | None:

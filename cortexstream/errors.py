@@ -16,6 +16,17 @@ CortexStreamError
 
 from __future__ import annotations
 
+MAX_SHOWN = 60  # characters
+
+
+def shown(value: object) -> str:
+    """A refused value as a message shows it: its repr, cut to MAX_SHOWN characters. Python refuses to write out whole
+    numbers of thousands of digits; of those it is the size."""
+    if isinstance(value, int) and value.bit_length() > 4 * MAX_SHOWN:
+        return f"a whole number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
+
 
 class CortexStreamError(Exception):
     """Base of all errors of this package."""

@@ -221,7 +221,7 @@ class Scheduler:
         if finish is not None:
             self._finish(sequence, finish)
         return TokenEvent(
-            row.seq_id, row.token, row.logprob, row.top_logprobs, finish, num_cached_tokens=sequence.reused_tokens
+            row.seq_id, row.token, row.logprob, row.top_logprobs, finish, num_cached_tokens=sequence.reused_tokens or 0
         )
 
     def _grow_running(self) -> None:
@@ -251,7 +251,7 @@ class Scheduler:
                 self._refused = (sequence.id, self.arena.changes)
                 break
             self._waiting.popleft()
-            if not sequence.num_output:
+            if sequence.reused_tokens is None:  # later it finds what it has computed itself
                 sequence.reused_tokens = handle.position
             sequence.start(handle, self._slots.pop())
             self._running.append(sequence)

@@ -53,7 +53,7 @@ class Sequence:
         self.handle: KVHandle | None = None
         self.slot = -1
         self.draws_pending = 0
-        self.reused_tokens = 0  # of the prompt, found in the arena when this sequence first ran
+        self.reused_tokens: int | None = None  # of the prompt, found in the arena when this sequence first ran
         self.swapped_tokens = 0  # of a preempted sequence: so many tokens' KV are in host memory
         self.finish: FinishReason | None = None
         self._spec = SampleSpec(

@@ -28,6 +28,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from cortexstream.kernels.torch.quantized_pool import Pool, QuantizedPool
+from cortexstream.kernels.triton.affine_matmul import affine_matmul
+from cortexstream.kernels.triton.affine_matmul import dequantize as dequantize_weights
 from cortexstream.kernels.triton.decode_attention import Config, choose_config, decode_attention
 from cortexstream.kernels.triton.decode_splits import split_offsets
 from cortexstream.kernels.triton.kv_append import kv_append
@@ -35,6 +38,8 @@ from cortexstream.kernels.triton.prefill_attention import choose_config as choos
 from cortexstream.kernels.triton.prefill_attention import prefill_attention, query_tiles
 from cortexstream.kernels.triton.rms_norm import rms_norm
 from cortexstream.kernels.triton.rope_append import rope_append
+from cortexstream.kernels.triton.sample import INTEGERS, RowParameters, Tables, sample
+from cortexstream.kernels.triton.swiglu import gated
 
 LIMITS = Path(__file__).parents[1] / "tests" / "kernels" / "limits.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -116,20 +121,26 @@ def arch_now() -> int:
 # ---------------------------------------------------------------------------------------------------------- variants
 
 
+def pool(slots: int, heads: int, dim: int, dtype: torch.dtype, fp8: bool, bits: int) -> Pool:
+    """Of `dtype`, of fp8, or of so many bits in groups of 64."""
+    if not bits:
+        return torch.empty(slots, heads, dim, dtype=FP8[arch_now()] if fp8 else dtype)
+    packed = torch.empty(slots, heads, dim * bits // 32, dtype=torch.int32)
+    return QuantizedPool(packed, *(torch.empty(slots, heads, dim // 64, dtype=dtype) for _ in range(2)))
+
+
 def decode(
     heads: int, kv_heads: int, dim: int, value_dim: int | None = None, *, dtype: torch.dtype = BRAIN, fp8: bool = False,
-    page: int | None = 64, one_launch: bool = False, sinks: bool = False, max_tokens: int = 512, rows: int = 2,
-    config: Config | None = None, **options: Any,
+    bits: int = 0, page: int | None = 64, one_launch: bool = False, sinks: bool = False, max_tokens: int = 512,
+    rows: int = 2, config: Config | None = None, **options: Any,
 ) -> Callable[[], object]:  # fmt: skip
     def launch() -> object:
-        pool_dtype = FP8[arch_now()] if fp8 else dtype
         value = value_dim or dim
         q = torch.empty(rows, heads, dim, dtype=dtype)
-        k_pool = torch.empty(2048, kv_heads, dim, dtype=pool_dtype)
-        v_pool = torch.empty(2048, kv_heads, value, dtype=pool_dtype)
+        k_pool, v_pool = (pool(2048, kv_heads, size, dtype, fp8, bits) for size in (dim, value))
         tables = torch.zeros(rows, 2048 // page if page else 1, dtype=torch.int32)
         lengths = torch.zeros(rows, dtype=torch.int32)
-        line = config or choose_config(q, value)
+        line = config or choose_config(q, value, quantized=bits > 0)
         if one_launch:
             window = options.get("window")
             options["offsets"] = split_offsets(lengths, max_tokens=max_tokens, split=line.split, window=window)
@@ -143,14 +154,12 @@ def decode(
 
 def prefill(
     heads: int, kv_heads: int, dim: int, value_dim: int | None = None, *, dtype: torch.dtype = BRAIN, fp8: bool = False,
-    page: int | None = 64, causal: bool = True, sinks: bool = False, tokens: int = 100, **options: Any,
+    bits: int = 0, page: int | None = 64, causal: bool = True, sinks: bool = False, tokens: int = 100, **options: Any,
 ) -> Callable[[], object]:  # fmt: skip
     def launch() -> object:
-        pool_dtype = FP8[arch_now()] if fp8 else dtype
         value = value_dim or dim
         q = torch.empty(tokens, heads, dim, dtype=dtype)
-        k_pool = torch.empty(2048, kv_heads, dim, dtype=pool_dtype)
-        v_pool = torch.empty(2048, kv_heads, value, dtype=pool_dtype)
+        k_pool, v_pool = (pool(2048, kv_heads, size, dtype, fp8, bits) for size in (dim, value))
         tables = torch.zeros(1, 2048 // page if page else 1, dtype=torch.int32)
         block_m = choose_prefill_config(q, value).block_m
         tiles = query_tiles(
@@ -164,13 +173,13 @@ def prefill(
 
 
 def append(
-    heads: int, dim: int, *, fp8: bool = False, rope: int = 0, q_heads: int = 0, norm: bool = False, tokens: int = 3
+    heads: int, dim: int, *, fp8: bool = False, bits: int = 0, rope: int = 0, q_heads: int = 0, norm: bool = False,
+    tokens: int = 3,
 ) -> Callable[[], None]:  # fmt: skip
     def launch() -> None:
-        pool_dtype = FP8[arch_now()] if fp8 else BRAIN
         parts = torch.empty(tokens, (q_heads + 2 * heads) * dim, dtype=BRAIN)
         q, k, v = (x.unflatten(1, (-1, dim)) for x in parts.split([q_heads * dim, heads * dim, heads * dim], 1))
-        k_pool, v_pool = (torch.empty(64, heads, dim, dtype=pool_dtype) for _ in range(2))
+        k_pool, v_pool = (pool(64, heads, dim, BRAIN, fp8, bits) for _ in range(2))
         slots = torch.zeros(tokens, dtype=torch.int32)
         if rope:
             weight, table = torch.empty(dim, dtype=BRAIN) if norm else None, torch.empty(99, rope)
@@ -191,6 +200,38 @@ def norm(dim: int, residual: bool = False) -> Callable[[], object]:
     return launch
 
 
+def affine(
+    rows: int, bits: int, group: int = 64, dtype: torch.dtype = BRAIN, shape: tuple[int, int] = (4096, 4096)
+) -> Callable[[], object]:
+    """A product with packed weights of this shape, [N, K]; with 0 rows their dequantisation."""
+
+    def launch() -> object:
+        columns, depth = shape
+        packed = torch.zeros(columns, depth * bits // 32, dtype=torch.int32)
+        scales, biases = (torch.empty(columns, depth // group, dtype=dtype) for _ in range(2))
+        if rows == 0:
+            return dequantize_weights(packed, scales, biases, bits, group, dtype)
+        return affine_matmul(torch.empty(rows, depth, dtype=dtype), packed, scales, biases, bits, group)
+
+    return launch
+
+
+def draw(
+    vocab: int, *, dtype: torch.dtype = FLOAT, tables: bool = True, rows: int = 3, **options: Any
+) -> Callable[[], object]:  # fmt: skip
+    def launch() -> object:
+        row = {name: torch.empty(rows, dtype=INTEGERS.get(name, FLOAT)) for name in RowParameters._fields}
+        kinds = {"bias": FLOAT, "counts": torch.int32, "seen": torch.uint8} if tables else {}
+        given = Tables(**{name: torch.empty(4, vocab, dtype=kind) for name, kind in kinds.items()})
+        return sample(torch.empty(rows, vocab, dtype=dtype), RowParameters(**row), given, **options)
+
+    return launch
+
+
+def gate(dim: int, activation: str, dtype: torch.dtype = BRAIN) -> Callable[[], object]:
+    return lambda: gated(torch.empty(3, 2 * dim, dtype=dtype), activation)
+
+
 VARIANTS: dict[str, Callable[[], object]] = {  # name -> launch; heads/key heads x dim
     "decode 32/32x64": decode(32, 32, 64),
     "decode 32/8x128, two splits": decode(32, 8, 128, max_tokens=2048),
@@ -200,12 +241,21 @@ VARIANTS: dict[str, Callable[[], object]] = {  # name -> launch; heads/key heads
     "decode 32/8x128, blocks of 16": decode(32, 8, 128, page=16),
     "decode 32/8x128, runs": decode(32, 8, 128, page=None),
     "decode 32/8x128, fp8": decode(32, 8, 128, fp8=True),
+    "decode 32/8x128, int8": decode(32, 8, 128, bits=8),
+    "decode 32/8x128, int4": decode(32, 8, 128, bits=4),
     "decode 8/8x64, float32": decode(8, 8, 64, dtype=FLOAT),
     "decode 8/8x128, float32": decode(8, 8, 128, dtype=FLOAT),
     "decode 8/8x256, float32": decode(8, 8, 256, dtype=FLOAT),
     "decode 32/32x64, one launch": decode(32, 32, 64, one_launch=True),
     "decode 32/8x128, one launch": decode(32, 8, 128, one_launch=True),
     "decode 16/8x256, one launch": decode(16, 8, 256, one_launch=True),
+    "decode 16/8x64, int4, one launch": decode(16, 8, 64, bits=4, one_launch=True),
+    "decode 16/8x256, int8, one launch": decode(16, 8, 256, bits=8, one_launch=True),
+    "decode 16/16x64, int8, two splits": decode(16, 16, 64, bits=8, max_tokens=2048),
+    "decode 32/8x128, int4, one launch": decode(32, 8, 128, bits=4, one_launch=True),
+    "decode 8/8x64, int8, float32": decode(8, 8, 64, bits=8, dtype=FLOAT),
+    "decode 8/8x128, int4, float32": decode(8, 8, 128, bits=4, dtype=FLOAT),
+    "decode 8/8x256, int8, float32": decode(8, 8, 256, bits=8, dtype=FLOAT),
     "prefill 32/32x64": prefill(32, 32, 64),
     "prefill 32/8x128": prefill(32, 8, 128),
     "prefill 16/8x256": prefill(16, 8, 256),
@@ -213,15 +263,51 @@ VARIANTS: dict[str, Callable[[], object]] = {  # name -> launch; heads/key heads
     "prefill 64/8x64, window, cap, sinks": prefill(64, 8, 64, window=128, softcap=50.0, sinks=True),
     "prefill 32/8x128, blocks of 16": prefill(32, 8, 128, page=16),
     "prefill 32/8x128, fp8": prefill(32, 8, 128, fp8=True),
+    "prefill 32/32x64, int4": prefill(32, 32, 64, bits=4),
+    "prefill 32/8x128, int8": prefill(32, 8, 128, bits=8),
+    "prefill 32/8x128, int4": prefill(32, 8, 128, bits=4),
+    "prefill 16/8x256, int8": prefill(16, 8, 256, bits=8),
+    "prefill 8/8x64, int4, float32": prefill(8, 8, 64, bits=4, dtype=FLOAT),
+    "prefill 8/8x128, int8, float32": prefill(8, 8, 128, bits=8, dtype=FLOAT),
+    "prefill 8/8x256, int4, float32": prefill(8, 8, 256, bits=4, dtype=FLOAT),
     "prefill 8/8x64, float32": prefill(8, 8, 64, dtype=FLOAT),
     "prefill 8/8x128, float32": prefill(8, 8, 128, dtype=FLOAT),
     "prefill 8/8x256, float32": prefill(8, 8, 256, dtype=FLOAT),
     "append 8x128": append(8, 128),
     "append 8x128, fp8": append(8, 128, fp8=True),
+    "append 8x128, int8": append(8, 128, bits=8),
+    "append 8x128, int4": append(8, 128, bits=4),
+    "rope and append 32/8x128, int8": append(8, 128, rope=128, q_heads=32, bits=8),
+    "rope and append 32/8x128, int4": append(8, 128, rope=128, q_heads=32, bits=4),
     "rope and append 32/8x128, norms": append(8, 128, rope=128, q_heads=32, norm=True),
     "rope and append 32/32x80, 32 turn": append(32, 80, rope=32, q_heads=32),
     "norm 4096, residual": norm(4096, residual=True),
     "norm 16384": norm(16384),
+    "draw from 128256, all there is": draw(128256, logprobs=True, count=True),
+    "draw from 151936, bfloat16, no tables": draw(151936, dtype=BRAIN, tables=False),
+    "draw from 128256, no filters": draw(128256, tables=False, filters=False),
+    "draw from 50257, no filters": draw(50257, tables=False, filters=False),
+    "gate 14336, silu": gate(14336, "silu"),
+    "gate 8192, gelu": gate(8192, "gelu"),
+    "gate 8192, gelu_tanh": gate(8192, "gelu_tanh"),
+    "gate 1000, silu, float32": gate(1000, "silu", FLOAT),
+    **{
+        f"4-bit product, groups of {group}, {rows} rows": affine(rows, 4, group)
+        for group in (32, 64, 128)
+        for rows in (16, 32, 64)
+    },
+    "8-bit product, groups of 64, 16 rows": affine(16, 8),
+    "8-bit product, groups of 128, 32 rows": affine(32, 8, 128),
+    "8-bit product, groups of 128, 64 rows": affine(64, 8, 128),
+    "4-bit product, float16, 16 rows": affine(16, 4, dtype=torch.float16),
+    "8-bit product, float16, groups of 128, 16 rows": affine(16, 8, 128, torch.float16),
+    "4-bit product, float32, groups of 32": affine(16, 4, 32, FLOAT),
+    "4-bit product, float32, groups of 64": affine(16, 4, 64, FLOAT),
+    "8-bit product, float32, groups of 128": affine(16, 8, 128, FLOAT),
+    "4-bit product, 1 row, not split": affine(1, 4, shape=(131072, 4096)),
+    "4-bit weights dequantised": affine(0, 4),
+    "6-bit weights dequantised": affine(0, 6),
+    "8-bit weights dequantised": affine(0, 8),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -84,7 +85,7 @@ def dtype_name(array: Array) -> str:
 
 
 def _dtype(namespace: Any, name: str) -> Any:
-    if name not in ITEM_BYTES or not hasattr(namespace, name):
+    if name not in tuple(ITEM_BYTES) or not hasattr(namespace, name):
         known = ", ".join(known for known in ITEM_BYTES if hasattr(namespace, known))
         raise CacheValueError(f"dtype is {name!r}; with {namespace.__name__} it must be one of {known}")
     return getattr(namespace, name)
@@ -100,6 +101,14 @@ def _nbytes(count: int, shape: tuple[int, ...], dtype: str) -> int:
 
 def _along(axis: int, start: int, length: int) -> tuple[slice, ...]:
     return (*[slice(None)] * axis, slice(start, start + length))
+
+
+def _overlaps(shape: Sequence[int], strides: Sequence[int]) -> str | None:
+    """The obstacle that an expanded array is: several of its entries are one number in memory."""
+    for size, stride in zip(shape, strides, strict=True):
+        if size > 1 and not stride:
+            return f"the array to write into is expanded: its {size} entries of stride 0 are one in memory; copy it"
+    return None
 
 
 class _Numpy:
@@ -130,7 +139,9 @@ class _Numpy:
         return int(array.__array_interface__["data"][0])
 
     def obstacle(self, array: Array, new: Array) -> str | None:
-        return None if array.flags.writeable else "the array to write into is read-only"
+        if not array.flags.writeable:
+            return "the array to write into is read-only"
+        return _overlaps(array.shape, array.strides)
 
 
 class _Torch:
@@ -165,7 +176,13 @@ class _Torch:
         return int(array.data_ptr())
 
     def obstacle(self, array: Array, new: Array) -> str | None:
-        return None if array.device == new.device else f"it is on {new.device}, the cache on {array.device}"
+        if array.device != new.device:
+            return f"it is on {new.device}, the cache on {array.device}"
+        if array.is_inference() and not self._torch.is_inference_mode_enabled():
+            return "the tensor to write into was made in inference mode; write it there, or make it outside"
+        if array.requires_grad and self._torch.is_grad_enabled():
+            return "the tensor to write into requires grad; detach it, or write under torch.no_grad()"
+        return _overlaps(array.shape, array.stride())
 
 
 class _Mlx:

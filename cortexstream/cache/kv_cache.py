@@ -33,7 +33,7 @@ class KVCacheConfig:
         for name in ("num_layers", "max_context_length", "num_kv_heads", "head_dim"):
             if integer(name, getattr(self, name)) <= 0:
                 raise CacheValueError(f"{name} must be positive")
-        if self.dtype not in ITEM_BYTES:
+        if self.dtype not in tuple(ITEM_BYTES):  # a dict would want to hash it
             raise CacheValueError(f"dtype is {self.dtype!r}; must be one of {', '.join(ITEM_BYTES)}")
 
 

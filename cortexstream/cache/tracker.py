@@ -57,7 +57,7 @@ class MemoryTracker:
         """Count it no more. Raises ArenaError, changing nothing, if it was released before or is another tracker's."""
         with self._lock:
             self._sweep()
-            if self._live.get(allocation.number) is not allocation:
+            if not isinstance(allocation, Allocation) or self._live.get(allocation.number) is not allocation:
                 raise ArenaError(f"double or foreign release: {allocation} is not held in this tracker")
             del self._live[allocation.number]
 

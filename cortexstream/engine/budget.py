@@ -52,7 +52,8 @@ def kv_size(backend: Backend, config: EngineConfig) -> KVSize:
 
 
 def swap_budget_bytes(config: EngineConfig, kv_bytes: int) -> int:
-    """Host memory for preempted sequences: `swap_memory`, or a quarter of the KV memory, at most 4 GiB."""
+    """The most host memory that copies of preempted sequences take at a time, beside the KV memory and only while they
+    are kept: `swap_memory`, or a quarter of the KV memory, at most 4 GiB."""
     if isinstance(config.swap_memory, int):
         return config.swap_memory
     return min(int(kv_bytes * SWAP_SHARE), MAX_SWAP_BYTES)

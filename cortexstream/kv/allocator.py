@@ -41,6 +41,9 @@ class Allocator(Protocol):
         """Take `size` adjacent blocks; which ones is the policy. Raises ArenaFullError, with the numbers, if and only
         if `size` is above `largest_free_run`."""
 
+    def place_of(self, size: int) -> int:
+        """Where `allocate` would take `size` blocks, at most `largest_free_run`; 0 for none."""
+
     def take(self, run: Run) -> bool:
         """Take exactly these blocks if all of them are free; how a run grows in place or is moved to. False, changing
         nothing, if one is taken or outside."""
@@ -113,6 +116,9 @@ class TreeAllocator(Allocator):
                 f"the largest {self._hole} has {self.largest_free_run}"
             )
         return self._take(Run(self._find(size), size))
+
+    def place_of(self, size: int) -> int:
+        return self._find(size) if size else 0
 
     def take(self, run: Run) -> bool:
         self._check_count(run.size)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from cortexstream.errors import ArenaError, ArenaFullError
-from cortexstream.kv.handle import KVHandle
-from cortexstream.kv.layout import check_lengths, lay_out
+from cortexstream.kv.handle import KVHandle, whole
+from cortexstream.kv.layout import check_lengths, check_options, check_tokens, lay_out
 from cortexstream.kv.page_pool import PagePool
 from cortexstream.kv.pool import Ledger
 from cortexstream.kv.prefix import check_same
@@ -57,8 +57,7 @@ class KVArena:
         prefix_caching: bool = True,
         headroom_tokens: int = 0,
     ) -> None:
-        if headroom_tokens < 0:
-            raise ArenaError(f"headroom_tokens is {headroom_tokens}; must be at least 0")
+        check_options(num_blocks, block_tokens, placement, growth, policy, rings, prefix_caching, headroom_tokens)
         self.block_tokens = block_tokens
         self.placement = placement
         self.rings = tuple(rings)
@@ -102,7 +101,8 @@ class KVArena:
 
     def need_blocks(self, num_tokens: int, limit_tokens: int | None = None) -> int:
         """Blocks that a sequence of `num_tokens` takes: rounded up to its capacity class in `run`, but never beyond
-        what `limit_tokens` (the longest it can become) needs."""
+        what `limit_tokens` (the longest it can become) needs. Refuses the same arguments as `admit`."""
+        check_lengths(num_tokens, limit_tokens)
         return self._full.need(num_tokens, limit_tokens)
 
     def can_admit(self, num_tokens: int, limit_tokens: int | None = None, tokens: Sequence[int] = ()) -> bool:
@@ -120,9 +120,7 @@ class KVArena:
         handle then says how many were found. `spare_blocks` must be left for the growth of those that run. Raises
         ArenaFullError, changing nothing, if blocks are missing.
         """
-        needs = self._needs(num_tokens, limit_tokens, tokens)
-        if spare_blocks < 0:
-            raise ArenaError(f"spare_blocks is {spare_blocks}; must be at least 0")
+        needs = self._needs(num_tokens, limit_tokens, tokens, spare_blocks)
         with self._lock:
             missing = self._missing(needs, tokens, spare_blocks)
             if missing is not None:
@@ -189,6 +187,7 @@ class KVArena:
         """The sequence's first tokens are these, and computed: new sequences may begin with them."""
         with self._lock:
             self._check_owned(handle)
+            check_tokens(tokens)
             if len(tokens) > handle.position:
                 raise ArenaError(f"{len(tokens)} tokens cannot be published: {handle.position} are written")
             check_same(self._cache.published(handle), tuple(tokens))
@@ -203,6 +202,7 @@ class KVArena:
         handle."""
         with self._lock:
             self._check_owned(handle)
+            check_tokens(tokens)
             if len(tokens) > handle.position:
                 raise ArenaError(f"{len(tokens)} tokens cannot be kept: {handle.position} are written")
             check_same(self._cache.published(handle), tuple(tokens))
@@ -233,6 +233,7 @@ class KVArena:
         """Plan to keep the sequence's contents in host memory, and release it."""
         with self._lock:
             self._check_owned(handle)
+            whole("key", key)
             if not handle.position:
                 raise ArenaError("0 tokens are written: there are no contents to keep")
             if key in self._swapped:
@@ -245,6 +246,7 @@ class KVArena:
         """Plan to bring contents back into a handle that was admitted for more than `num_tokens`."""
         with self._lock:
             self._check_owned(handle)
+            whole("key", key)
             if handle.position:
                 raise ArenaError(f"{handle.position} tokens are written already; contents come back into an empty one")
             kept, written, shortest_reuse = self._swapped.get(key, (0, 0, 0))
@@ -257,6 +259,7 @@ class KVArena:
 
     def swap_drop(self, key: int) -> None:
         """Plan to forget contents that are in host memory."""
+        whole("key", key)
         with self._lock:
             if self._swapped.pop(key, None) is None:
                 raise ArenaError(f"0 tokens are kept under {key}")
@@ -288,8 +291,7 @@ class KVArena:
 
     def block_map(self, width: int = 64) -> str:
         """One character a block of the full-attention layers: 'X' in use, 'o' kept for reuse, '.' free."""
-        if width <= 0:
-            raise ArenaError(f"width is {width}; must be at least 1")
+        whole("width", width, 1)
         with self._lock:
             cells = list(self._full.allocator.block_map(width=self.num_blocks or 1))
             for block in self._cache.cached_blocks():

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from cortexstream.errors import ArenaError
+from cortexstream.errors import ArenaError, shown
 from cortexstream.plan import KVRows
 
 
-def whole(name: str, value: object) -> None:
-    """Raise ArenaError unless `value` is a whole number."""
+def whole(name: str, value: object, least: int | None = None, most: int | None = None) -> None:
+    """Raise ArenaError unless `value` is a whole number, and from `least` to `most` where those are given."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ArenaError(f"{name} is {value!r}; must be a whole number")
+        raise ArenaError(f"{name} is {shown(value)}; must be a whole number")
+    if least is not None and value < least:
+        raise ArenaError(f"{name} is {shown(value)}; must be at least {least}")
+    if most is not None and value > most:
+        raise ArenaError(f"{name} is {shown(value)}; more than {most} cannot be managed")
 
 
 class KVHandle:
@@ -101,6 +105,7 @@ class KVHandle:
 
     def locate(self, position: int) -> tuple[int, int]:
         """(block id, offset in the block) of a token's position; raises ArenaError outside the capacity."""
+        whole("position", position)
         self.check_live()
         if not 0 <= position < self.capacity_tokens:
             raise ArenaError(f"position {position} is outside the capacity of {self.capacity_tokens} tokens")

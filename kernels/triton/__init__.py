@@ -3,7 +3,7 @@
 Importing this package loads nothing; its modules load torch and triton. They take torch tensors on the current CUDA
 device, launch on its current stream and never wait for it. What they have in common:
 
-* K and V of a layer are pools [slots, heads, dim]. Position p of a row lies in slot
+* K and V of a layer are pools [slots, heads, dim], or `kernels.torch.quantized_pool.QuantizedPool`s. Position p of a row lies in slot
   table[row, p // block_tokens] * block_tokens + p % block_tokens, or, if `block_tokens` is None, in slot
   table[row, 0] + p: the row is a run.
 * Whatever lies in a pool beyond a row's positions may be anything, NaN included.

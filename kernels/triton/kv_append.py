@@ -8,7 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from cortexstream.kernels.torch.quantized_pool import Pool
 from cortexstream.kernels.triton._common import FLOAT_TYPES, FP8_TYPES, capability, check_tensor, check_tokens, narrow
+from cortexstream.kernels.triton._pools import check_pools, check_scales, load_rows, store_groups
 
 
 class Config(NamedTuple):
@@ -24,29 +26,43 @@ CONFIGS = {80: Config(1024, 4), 90: Config(1024, 4)}  # by compute capability
 @triton.jit(do_not_specialize_on_alignment=["slots"])
 def kv_append_kernel(
     k, v, k_pool, v_pool, slots, k_stride, v_stride, num_slots, k_scale, v_scale,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens, blocks): KEYS and VALUES are the numbers of one token. Slots outside of the pool are left alone."""
-    token = tl.program_id(0)
+    token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     if (slot >= 0) & (slot < num_slots):
+        put(k + token * k_stride, k_pool, slot, k_scale, KEYS, BLOCK, BITS, GROUP)
+        put(v + token * v_stride, v_pool, slot, v_scale, VALUES, BLOCK, BITS, GROUP)
+
+
+@triton.jit
+def put(
+    source, pool, slot, scale, COUNT: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """A program's part of the COUNT numbers at `source`, to a slot."""
+    if BITS == 0:
         i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(k + token.to(tl.int64) * k_stride + i, mask=i < KEYS)
-        y = tl.load(v + token.to(tl.int64) * v_stride + i, mask=i < VALUES)
-        tl.store(k_pool + slot * KEYS + i, narrow(x, k_pool, k_scale), mask=i < KEYS)
-        tl.store(v_pool + slot * VALUES + i, narrow(y, v_pool, v_scale), mask=i < VALUES)
+        x = tl.load(source + i, mask=i < COUNT)
+        tl.store(pool + slot * COUNT + i, narrow(x, pool, scale), mask=i < COUNT)
+    else:
+        g = tl.program_id(1) * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+        live = g < COUNT // GROUP
+        x = load_rows(source, g, live, GROUP, GROUP, MASKED=True)
+        store_groups(pool, slot * (COUNT // GROUP) + g, x, live, BITS, GROUP)
 
 
 def kv_append(
-    k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor, *,
+    k: torch.Tensor, v: torch.Tensor, k_pool: Pool, v_pool: Pool, slots: torch.Tensor, *,
     k_scale: float = 1.0, v_scale: float = 1.0, check: bool = True,
 ) -> None:  # fmt: skip
     """k_pool[slots[t]] = k[t] and v_pool[slots[t]] = v[t] for every t with slots[t] >= 0, in place.
 
     k [T, H, D] and v [T, H, Dv] float16, bfloat16 or float32, heads adjacent, tokens at any distance (parts of one
-    projection, say); k_pool [S, H, D] and v_pool [S, H, Dv] of any of these types or fp8; slots int32 or int64 [T]. A
-    negative slot is padding: its token is skipped. Any D and Dv. Numbers are rounded to the pool's type; fp8 holds
-    x / k_scale and x / v_scale, and its largest number for what is beyond.
+    projection, say); k_pool [S, H, D] and v_pool [S, H, Dv] of any of these types or fp8, or both `QuantizedPool`s of
+    equal bits and groups; slots int32 or int64 [T]. A negative slot is padding: its token is skipped. Any D and Dv.
+    Numbers are rounded to the pool's type; fp8 holds x / k_scale and x / v_scale, and its largest number for what is
+    beyond. What is quantised is rounded to the type of the scales first; codes are made for scales as they are stored.
 
     Raises ValueError when shapes, dtypes or devices do not go together. With `check`, slots are read back, which waits
     for the device: IndexError for a slot outside of the pool, ValueError for one named twice. Nothing was written then.
@@ -55,17 +71,18 @@ def kv_append(
     """
     tokens, heads, dim = check_tokens("k", k)
     value_dim = check_tokens("v", v, (tokens, heads))[2]
-    check_tensor("k_pool", k_pool, (None, heads, dim), (*FLOAT_TYPES, *FP8_TYPES), k.device)
-    check_tensor("v_pool", v_pool, (len(k_pool), heads, value_dim), (k_pool.dtype,), k.device)
+    pools = check_pools(k_pool, v_pool, (heads, dim, value_dim), (*FLOAT_TYPES, *FP8_TYPES), k.device)
+    check_scales(k_pool, k_scale, v_scale)
     check_tensor("slots", slots, (tokens,), (torch.int32, torch.int64), k.device)
     if check:
-        check_slots(slots, len(k_pool))
+        check_slots(slots, pools.slots)
     if tokens == 0:
         return
     config = CONFIGS[capability()]
     kv_append_kernel[(tokens, triton.cdiv(heads * max(dim, value_dim), config.block))](
-        k, v, k_pool, v_pool, slots, k.stride(0), v.stride(0), len(k_pool), k_scale, v_scale,
-        KEYS=heads * dim, VALUES=heads * value_dim, BLOCK=config.block, num_warps=config.num_warps,
+        k, v, k_pool, v_pool, slots, k.stride(0), v.stride(0), pools.slots, k_scale, v_scale,
+        KEYS=heads * dim, VALUES=heads * value_dim, BLOCK=config.block, BITS=pools.bits, GROUP=pools.group,
+        num_warps=config.num_warps,
     )  # fmt: skip
 
 

@@ -12,17 +12,20 @@ import torch
 import triton
 import triton.language as tl
 
+from cortexstream.kernels.torch.quantized_pool import Pool
 from cortexstream.kernels.triton._attention import (
     accumulate,
     check_attention,
-    divided,
-    load_keys_and_values,
-    load_rows,
+    divisor,
+    find,
+    load_queries,
     make_shape,
+    no_values,
     scores,
-    store_rows,
+    store_values,
 )
 from cortexstream.kernels.triton._common import capability, check_tensor, padded
+from cortexstream.kernels.triton._pools import as_bytes
 
 
 class Config(NamedTuple):
@@ -34,15 +37,16 @@ class Config(NamedTuple):
     num_stages: int
 
 
+Table = dict[int, dict[tuple[int, int], Config]]
 # compute capability -> (bytes of a number of q, wider of padded D and Dv) -> Config
-CONFIGS = {
+CONFIGS: Table = {
     80: {
         (2, 64): Config(128, 64, 8, 3),
         (2, 128): Config(64, 64, 8, 2),
         (2, 256): Config(64, 32, 8, 2),
         (4, 64): Config(64, 32, 8, 2),
         (4, 128): Config(32, 16, 8, 2),
-        (4, 256): Config(32, 16, 8, 2),
+        (4, 256): Config(16, 16, 4, 2),
     },
     90: {
         (2, 64): Config(128, 64, 8, 3),
@@ -50,7 +54,25 @@ CONFIGS = {
         (2, 256): Config(64, 64, 8, 2),
         (4, 64): Config(64, 32, 8, 2),
         (4, 128): Config(32, 16, 8, 2),
-        (4, 256): Config(32, 16, 8, 2),
+        (4, 256): Config(16, 16, 4, 2),
+    },
+}
+QUANTIZED_CONFIGS: Table = {  # `block_m` as above: the same QueryTiles serve both
+    80: {
+        (2, 64): Config(128, 32, 8, 3),
+        (2, 128): Config(64, 32, 8, 2),
+        (2, 256): Config(64, 16, 8, 2),
+        (4, 64): Config(64, 16, 8, 2),
+        (4, 128): Config(32, 16, 8, 2),
+        (4, 256): Config(16, 16, 4, 2),
+    },
+    90: {
+        (2, 64): Config(128, 64, 8, 3),
+        (2, 128): Config(128, 64, 8, 3),
+        (2, 256): Config(64, 64, 8, 2),
+        (4, 64): Config(64, 16, 8, 2),
+        (4, 128): Config(32, 16, 8, 2),
+        (4, 256): Config(16, 16, 4, 2),
     },
 }
 
@@ -78,8 +100,8 @@ def walk(
     for at in range(start, end, S.block_n):
         position = at + tl.arange(0, S.block_n)
         inside = (position >= low) & (position < end)
-        k, v = load_keys_and_values(k_pool, v_pool, table, kv_head, at, inside, S, MASKED)
-        s = scores(tile, k, scale, S)
+        vector = find(table, kv_head, at, inside, S, MASKED)
+        s = scores(tile, k_pool, vector, inside, scale, S, MASKED)
         if MASKED:
             seen = inside[None, :]
             if CAUSAL:
@@ -87,7 +109,9 @@ def walk(
             if S.window > 0:
                 seen = seen & (position[None, :] > past + query[:, None] - S.window)
             s = tl.where(seen, s, float("-inf"))
-        summed, largest, total = accumulate(s, v, summed, largest, total, tile.dtype)
+        summed, largest, total = accumulate(
+            s, v_pool, vector, inside, summed, largest, total, tile[0].dtype, S, MASKED
+        )  # fmt: skip
     return summed, largest, total
 
 
@@ -110,7 +134,7 @@ def prefill_kernel(
     query, head = pairs // SHARING, kv_head * SHARING + pairs % SHARING
     live = query < queries
     vector = (begin + query).to(tl.int64) * S.heads + head
-    tile = load_rows(q, vector, live, S.dim, S.dim_pad, MASKED=True)
+    tile = load_queries(q, vector, live, S)
 
     # Some query of the tile sees the positions low .. high - 1; all of its queries see those below `common`.
     low, high, common = pair * 0, keys, keys
@@ -122,9 +146,7 @@ def prefill_kernel(
     start = low // S.block_n * S.block_n
     edge = tl.maximum(common // S.block_n * S.block_n, start)
     table = tables + row.to(tl.int64) * table_stride
-    summed = tl.zeros((BLOCK_M, S.value_pad), tl.float32)
-    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    summed, largest, total = no_values(BLOCK_M, S)
     if S.window > 0:  # every tile may hold positions before the window, whose blocks may be gone
         edge = start
     else:
@@ -136,13 +158,13 @@ def prefill_kernel(
         tile, past, query, k_pool, v_pool, table, kv_head, low, edge, high, scale, summed, largest, total,
         S, CAUSAL, MASKED=True,
     )  # fmt: skip
-    result = divided(summed, largest, total, sinks, head, live, v_scale, S)
-    store_rows(out, vector, result, live, S.value_dim, S.value_pad)
+    store_values(out, vector, summed, divisor(largest, total, sinks, head, live, v_scale, S), live, S)
 
 
-def choose_config(q: torch.Tensor, value_dim: int) -> Config:
-    """The table's line for q [.., D] and values of `value_dim` numbers on the current device."""
-    return CONFIGS[capability()][q.element_size(), max(64, padded(max(q.shape[-1], value_dim)))]
+def choose_config(q: torch.Tensor, value_dim: int, *, quantized: bool = False) -> Config:
+    """The tables' line for q [.., D] and values of `value_dim` numbers on the current device."""
+    table = QUANTIZED_CONFIGS if quantized else CONFIGS
+    return table[capability()][q.element_size(), max(64, padded(max(q.shape[-1], value_dim)))]
 
 
 def query_tiles(
@@ -179,7 +201,7 @@ def query_tiles(
 
 
 def prefill_attention(
-    q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, tables: torch.Tensor, tiles: QueryTiles, *,
+    q: torch.Tensor, k_pool: Pool, v_pool: Pool, tables: torch.Tensor, tiles: QueryTiles, *,
     block_tokens: int | None, scale: float | None = None, window: int | None = None, softcap: float | None = None,
     sinks: torch.Tensor | None = None, k_scale: float = 1.0, v_scale: float = 1.0, out: torch.Tensor | None = None,
     config: Config | None = None,
@@ -194,9 +216,9 @@ def prefill_attention(
     Returns [T, Hq, Dv] in q's dtype, in `out` if given. Raises ValueError when shapes, dtypes, devices or numbers do
     not go together; nothing was launched then.
     """
-    check_attention(q, k_pool, v_pool, tables, block_tokens, window, softcap, sinks)
-    (tokens, heads, dim), (_, kv_heads, value_dim) = q.shape, v_pool.shape
-    config = config or choose_config(q, value_dim)
+    pools = check_attention(q, k_pool, v_pool, tables, block_tokens, window, softcap, sinks, k_scale, v_scale)
+    (tokens, heads, dim), kv_heads, value_dim = q.shape, pools.heads, pools.value_dim
+    config = config or choose_config(q, value_dim, quantized=pools.bits > 0)
     if (tokens, len(tables)) != (tiles.num_queries, tiles.num_rows):
         raise ValueError(
             f"q holds {tokens} queries and tables {len(tables)} rows; tiles are for {tiles.num_queries} and "
@@ -215,9 +237,9 @@ def prefill_attention(
         raise ValueError(f"tiles are on {tiles.row.device}; they must be on {q.device}")
     if len(tiles.row):
         prefill_kernel[(len(tiles.row), kv_heads)](
-            q, k_pool, v_pool, tables, tiles.first, tiles.kv_tokens, tiles.row, tiles.number, sinks, out,
-            (dim**-0.5 if scale is None else scale) * k_scale, v_scale, tables.stride(0),
-            S=make_shape(q, v_pool, config.block_n, block_tokens, window, softcap, sinks), BLOCK_M=config.block_m,
+            q, as_bytes(k_pool), as_bytes(v_pool), tables, tiles.first, tiles.kv_tokens, tiles.row, tiles.number,
+            sinks, out, (dim**-0.5 if scale is None else scale) * k_scale, v_scale, tables.stride(0),
+            S=make_shape(heads, pools, config.block_n, block_tokens, window, softcap, sinks), BLOCK_M=config.block_m,
             CAUSAL=tiles.causal, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out

@@ -59,6 +59,8 @@ def test_f30_config_types() -> None:
         replace(QWEN_05B, head_dim=64.0)  # type: ignore[arg-type]
     with pytest.raises(CacheValueError, match="dtype is 'int8'; must be one of float16, bfloat16, float32"):
         replace(QWEN_05B, dtype="int8")
+    with pytest.raises(CacheValueError, match=r"dtype is \[\]; must be one of float16, bfloat16, float32"):
+        replace(QWEN_05B, dtype=[])  # type: ignore[arg-type]
 
 
 def test_f32_allocation_basic(lib: Library) -> None:

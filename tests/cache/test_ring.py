@@ -227,6 +227,8 @@ def test_f38_a_refused_allocate_keeps_what_was_there(lib: Library) -> None:
         RingCache(lib.namespace, sinks=-1)
     with pytest.raises(CacheValueError, match="dtype is 'int4'"):
         RingCache(lib.namespace, dtype="int4")
+    with pytest.raises(CacheValueError, match=r"dtype is \[\]"):
+        RingCache(lib.namespace, dtype=[])  # type: ignore[arg-type]
 
 
 def test_f38_what_cannot_be_appended(lib: Library) -> None:

@@ -120,3 +120,16 @@ def test_f33_the_collector_may_run_inside_the_tracker() -> None:
         gc.set_threshold(*threshold)
     gc.collect()
     assert (tracker.total_bytes, tracker.allocation_count) == (0, 0)
+
+
+def test_f33_releasing_what_the_collector_released_is_refused() -> None:
+    tracker, owner = MemoryTracker(), Owner()
+    tracker.attach(owner, 100)
+    (held,) = tracker.allocations()
+    del owner
+    gc.collect()
+    with pytest.raises(ArenaError, match="double or foreign release"):
+        tracker.release(held)
+    with pytest.raises(ArenaError, match="double or foreign release: None is not held"):
+        tracker.release(None)  # type: ignore[arg-type]
+    assert tracker.total_bytes == 0

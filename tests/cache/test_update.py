@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -221,3 +222,40 @@ def test_f34_torch_autograd_and_inference_mode() -> None:
     assert keys[:, 0, 0].tolist() == [1, 1, 6] and values[:, 0, 0].tolist() == [1, 1, 3]
     with pytest.raises(CacheValueError, match="new_k cannot be written: it is on meta, the cache on cpu"):
         cache.update(0, torch.ones(1, 1, 4, device="meta"), torch.ones(1, 1, 4))
+
+
+@pytest.mark.parametrize("which", ["keys", "values"])
+@pytest.mark.parametrize("kind", ["inference", "expanded", "leaf", "view of a leaf"])
+def test_f34_torch_tensors_that_cannot_be_written_are_refused_before_the_write(kind: str, which: str) -> None:
+    torch = require("torch")
+    leaf = torch.zeros(5, 1, 4, requires_grad=True)
+    if kind == "inference":
+        with torch.inference_mode():
+            bad = torch.zeros(5, 1, 4)
+        message = "the tensor to write into was made in inference mode; write it there, or make it outside"
+    elif kind == "expanded":
+        bad = torch.zeros(1, 1, 4).expand(5, 1, 4)
+        message = "the array to write into is expanded: its 5 entries of stride 0 are one in memory; copy it"
+    else:
+        bad = leaf if kind == "leaf" else leaf[:]
+        message = "the tensor to write into requires grad; detach it, or write under torch.no_grad()"
+    good, new = torch.zeros(5, 1, 4), torch.ones(2, 1, 4)
+    caches = (bad, good) if which == "keys" else (good, bad)
+    with pytest.raises(CacheValueError, match=f"^new_{which[0]} cannot be written: {re.escape(message)}$"):
+        update_kv_cache(*caches, new, new, 0)
+    assert not good.any() and not bad.any()
+    if kind != "expanded":  # where torch allows it, it is written
+        with torch.inference_mode() if kind == "inference" else torch.no_grad():
+            assert update_kv_cache(*caches, new, new, 1) == 3
+            assert good.sum() == bad.sum() == 8
+
+
+def test_f34_numpy_arrays_of_stride_zero_are_refused_before_the_write() -> None:
+    k, new = np.zeros((5, 1, 4), np.float32), np.ones((2, 1, 4), np.float32)
+    v = np.lib.stride_tricks.as_strided(np.zeros((1, 1, 4), np.float32), (5, 1, 4), (0, 16, 4))
+    assert v.flags.writeable
+    with pytest.raises(CacheValueError, match="new_v cannot be written: the array to write into is expanded: its 5 "):
+        update_kv_cache(k, v, new, new, 0)
+    assert not k.any() and not v.any()
+    one = np.zeros((1, 1, 4), np.float32)[:, np.newaxis, 0]  # of size 1 any stride will do
+    assert update_kv_cache(one, one.copy(), new[:1], new[:1], 0) == 1

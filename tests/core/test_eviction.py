@@ -213,3 +213,51 @@ def test_f20_growth_gives_kept_prefixes_up(placement: Placement) -> None:
         world.arena.grow(handle, 49)
     world.write(handle, text(300, 31))
     world.end()
+
+
+def test_f20_a_run_that_is_taken_over_and_suffices_stays_as_it_is() -> None:
+    """More room would be nice to have, but not at the price of a copy."""
+    world = World(64, 4, headroom_tokens=16)
+    told = world.release(world.begin(text(0, 5)))
+    handle = world.admit([*told, *text(500, 5)])  # needs 3 blocks, has 6, and with headroom would get 7
+    assert (handle.position, handle.blocks, world.flush()) == (5, (0, 1, 2, 3, 4, 5), ())
+    assert len(world.admit(text(900, 10)).blocks) == 7
+    world.write(handle, text(500, 5))
+    assert reuse(world)[1:] == (0, 0)
+    world.end()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_f83_a_second_run_with_the_same_tokens_refreshes_the_first(again: bool) -> None:
+    """It is not kept, one is enough; but that the tokens were asked for again counts as a use."""
+    world = World(12, 4)
+    for start in (0, 100):
+        world.release(world.begin(text(start, 16)))
+    if again:
+        handle = world.admit(text(0, 16), reuse=0)
+        world.write(handle, text(0, 16))
+        world.release(handle)
+    assert world.arena.stats().cached_blocks == 8
+    for start in (500, 600):
+        world.begin(text(start, 16))
+    assert world.arena.stats().cached_blocks == 4
+    kept = {start: world.arena._cache._match(text(start, 16))[1] for start in (0, 100)}
+    assert kept == ({0: 16, 100: 0} if again else {0: 0, 100: 16})
+    world.end()
+
+
+@pytest.mark.parametrize(("size", "kept"), [(2, 22), (3, 17), (5, 7)])
+def test_f17_for_a_hole_four_times_its_blocks_are_given_up(size: int, kept: int) -> None:
+    """32 kept runs of a block, no two of them adjacent. Those of the blocks that are needed go in any case, then as
+    many as four times that, the oldest first; after that others are moved, and the rest is kept."""
+    world = World(64, 4)
+    handles = [world.begin(text(100 * number, 4)) for number in range(64)]
+    for handle in handles[::2]:
+        world.release(handle)
+    assert world.arena.block_map(64) == "oX" * 32
+    world.begin(text(9000, 4 * size))
+    stats = world.arena.stats()
+    assert (stats.cached_blocks, stats.compactions) == (kept, 1)
+    assert next(iter(world.arena._cache.holders())).position == 4
+    assert found(world, text(100 * 62, 4)) == 4
+    world.end()

@@ -114,3 +114,19 @@ def test_f21_exact_capacity(placement: Placement) -> None:
     with pytest.raises(ArenaError):
         handle.advance()
     assert snapshot(arena, [handle]) == before and arena.free_blocks == 32
+
+
+def test_f20_a_hole_that_fits_exactly_is_taken() -> None:
+    arena, store = KVArena(6, 4, growth=1.0), Store(6, 4, head_major=True)
+    handle, neighbour = side_by_side(arena, [2, 1])
+    handle.limit_blocks = 3
+    store.write(handle, 8)
+    store.write(neighbour, 4)
+    arena.grow(handle, 9)
+    moves = arena.take_moves()
+    assert (handle.blocks, neighbour.blocks, moves) == ((3, 4, 5), (2,), (Move(0, 2, 3, 3, 8),))
+    assert (arena.stats().relocations, arena.stats().compactions) == (1, 0)
+    store.moves(moves)
+    store.write(handle, 1)
+    store.verify()
+    arena.check()

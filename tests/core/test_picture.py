@@ -154,7 +154,7 @@ def test_f15_shared_and_kept_blocks_have_a_look_of_their_own() -> None:
     arena = KVArena(40, 4, "paged")
     done = arena.admit(8)
     done.advance(8)
-    arena.release(done, range(100, 108))
+    arena.release(done, [*range(100, 108)])
     first = arena.admit(16)
     first.advance(14)
     second = arena.fork(first)
@@ -285,7 +285,7 @@ def test_f15_eight_threads_look_while_others_admit(placement: Placement) -> None
             try:
                 if live and rng.random() < 0.5:
                     handle = live.pop()
-                    arena.release(handle, range(handle.position))
+                    arena.release(handle, [*range(handle.position)])
                 else:
                     live.append(arena.admit(rng.randint(2, 20)))
                     live[-1].advance(1)

@@ -8,8 +8,9 @@ from cortexstream.plan import PENDING, StepPlan
 from cortexstream.request import FinishReason
 from cortexstream.scheduler import Scheduler
 from cortexstream.sequence import SequenceState
-from tests.core.steps import EOS, answer, drain, finishes, ids, scheduler, tokens_of
-from tests.core.support import Receiver, dense, engine, request
+from cortexstream.swap import SwapPolicy
+from tests.core.steps import EOS, answer, drain, finishes, ids, scheduler, step, tokens_of
+from tests.core.support import PLACEMENTS, Placement, Receiver, dense, engine, null_backend, request
 
 
 @pytest.mark.parametrize("layout", ["run", "paged"])
@@ -164,3 +165,59 @@ def test_f70_a_sequence_is_not_taken_back_before_its_token_is_known() -> None:
     it.commit(answer(plan))
     it.commit(answer(after))
     assert finishes(drain(it)) == {1: FinishReason.LENGTH}
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_f70_a_prompt_that_needs_every_block_is_served(placement: Placement) -> None:
+    """Blocks are spared for those that run; when nobody does, sparing them would keep it waiting for ever."""
+    it = scheduler(num_blocks=100, placement=placement, context=400)
+    assert it._spare_blocks == 2
+    it.add(request(0, 397, max_tokens=2))
+    assert tokens_of(drain(it, steps=20), 0) == [497, 498]
+    it.add(request(1, 8, max_tokens=9))
+    step(it)
+    it.add(request(2, 385, max_tokens=2))  # 97 blocks of the 98 that are free: two are spared for the one that runs
+    step(it)
+    assert it.num_running == 1
+    assert finishes(drain(it)) == {1: FinishReason.LENGTH, 2: FinishReason.LENGTH}
+
+
+def test_f83_what_a_sequence_finds_of_itself_was_not_computed_for_another() -> None:
+    """Preempted while it decodes, it comes back and finds its own blocks: `num_cached_tokens` stays 0."""
+    it = scheduler(num_blocks=6, placement="paged", context=25, prefix_caching=True)
+    for number in (0, 1):
+        it.add(request(number, [50 + number] * 8, max_tokens=9))
+    events = drain(it)
+    assert it.preemptions == 1 and it.arena.stats().reused_tokens > 0
+    assert [event.num_cached_tokens for event in events] == [0] * 18
+
+
+def test_f83_nor_was_a_prompt_that_was_preempted_in_the_middle() -> None:
+    """Preempted before its first token is drawn, it finds what it computed of its prompt."""
+    it = scheduler(num_blocks=9, placement="paged", context=37, budget=5, prefix_caching=True)
+    it.add(request(0, 4, max_tokens=6))
+    step(it)
+    it.add(request(1, [50] * 28, max_tokens=1))
+    events = drain(it)
+    assert it.preemptions == 1 and it.arena.stats().reused_tokens >= 4
+    assert [event.num_cached_tokens for event in events] == [0] * 6
+
+
+def test_f91_what_comes_back_from_host_memory_waits_for_nobody() -> None:
+    """It brings what it had with it. A prompt that begins with the same tokens, and is not computed yet, is nothing to
+    wait for: it cannot be used."""
+    policy = SwapPolicy(null_backend().model, 4, 1 << 20, "swap")
+    it = scheduler(num_blocks=37, placement="paged", budget=8, prefix_caching=True, swap=policy)
+    it.add(request(0, [9], max_tokens=5))
+    it.add(request(1, [8] * 100, max_tokens=1))  # takes all of the budget that is left
+    it.add(request(2, [5, *range(101, 140)], max_tokens=1))  # what the last one will draw
+    it.add(request(3, [5], max_tokens=20))
+    while it.get(0) is not None:
+        step(it)
+    back, like = it.get(3), it.get(2)
+    assert back is not None and like is not None and it.swaps == 1
+    assert back.tokens == [5, 101, 102, 103, 104] and back.swapped_tokens == 4 and like.num_computed == 0
+    plan = it.plan()
+    assert back.state is SequenceState.RUNNING and back.swapped_tokens == 0 and 3 in ids(plan)
+    it.commit(answer(plan))
+    assert set(finishes(drain(it)).values()) == {FinishReason.LENGTH}

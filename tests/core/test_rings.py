@@ -240,3 +240,35 @@ def test_what_a_ring_has_overwritten_stays_so_after_a_reset(placement: Placement
     assert handle.position in (0, 3)
     world.write(handle, [*told[handle.position : 3], -1])
     world.end()
+
+
+@pytest.mark.parametrize("way", ["taken over", "copied", "swapped"])
+def test_f78_what_a_file_lacked_nobody_finds_later(way: str) -> None:
+    """A prefix of 11 tokens from a file has the last 9 of them in its ring. Who goes on from it lacks the others, too:
+    another prompt that begins with 5 of its tokens cannot be given that ring."""
+    world = World(64, 4, rings=[Ring(9, 30)])
+    origin = world.begin(text(0, 11), publish=True)
+    origin.shortest_reuse = 10
+    if way != "copied":
+        world.release(origin)
+    handle = world.admit([*text(0, 11), -1])
+    assert handle.position == 11 and (handle.blocks == origin.blocks) == (way != "copied")
+    if way == "swapped":
+        handle = world.swap_in(world.swap_out(handle))
+    world.write(handle, [-1])
+    assert world.release(handle) == [*text(0, 11), -1]
+    assert world.admit([*text(0, 5), -2]).position == 0
+    assert world.admit([*text(0, 11), -3]).position == 11
+    world.end()
+
+
+def test_f20_a_ring_never_gets_more_blocks_than_the_window_has() -> None:
+    """Whatever the capacity class, and though no limit is known: 9 tokens are 3 blocks of 4, and the class is 4."""
+    world = World(64, 4, growth=2.0, rings=[Ring(12, 20)])
+    handle = world.begin(text(0, 9))
+    assert len(handle.blocks) == 4 and ring_blocks(handle) == [3]
+    other = world.begin(text(100, 5))
+    assert ring_blocks(other) == [2]
+    go_on(world, other, text(200, 30))
+    assert ring_blocks(other) == [3]
+    world.end()

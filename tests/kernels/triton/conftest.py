@@ -1,9 +1,8 @@
 """Tests of the Triton kernels run on a GPU if torch has one, else in Triton's interpreter, in a process of its own.
 
-The folder's tests are collected as all others are. The first one to run starts `tests.kernels.triton.interpreter` for
-all that were selected; each then waits for its own outcome. With TRITON_INTERPRET=1 they run in this process.
-
-Tests marked full_grid take very long in the interpreter: they run when asked for, with `-m full_grid`.
+The folder's tests are collected as all others are. The first of a file to run starts `tests.kernels.triton.interpreter`
+for all of the file that were selected; each then waits for its own outcome. With TRITON_INTERPRET=1 they run in this
+process.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class Interpreter:
             file.close()
 
 
-INTERPRETER = pytest.StashKey[Interpreter]()
+INTERPRETERS = pytest.StashKey[dict[Path, Interpreter]]()  # by file
 
 
 def runs_here() -> bool:
@@ -67,31 +66,18 @@ def runs_here() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" or bool(sys.modules["torch"].cuda.is_available())
 
 
-def of_this_folder(items: list[pytest.Item]) -> list[pytest.Item]:
-    return [item for item in items if HERE in item.path.parents]
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if runs_here():
         return None
     config, session = pyfuncitem.config, pyfuncitem.session
-    if INTERPRETER not in config.stash:
-        config.stash[INTERPRETER] = Interpreter(of_this_folder(session.items))
-        config.add_cleanup(config.stash[INTERPRETER].stop)
-    outcome, why = config.stash[INTERPRETER].outcome(pyfuncitem.nodeid)
+    running = config.stash.setdefault(INTERPRETERS, {})
+    if pyfuncitem.path not in running:
+        running[pyfuncitem.path] = Interpreter([item for item in session.items if item.path == pyfuncitem.path])
+        config.add_cleanup(running[pyfuncitem.path].stop)
+    outcome, why = running[pyfuncitem.path].outcome(pyfuncitem.nodeid)
     if outcome == "failed":
         pytest.fail(why, pytrace=False)
     if outcome == "skipped":
         pytest.skip(why)
     return True
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the full grid out, unless -m says what to run."""
-    if config.option.markexpr:
-        return
-    left_out = [item for item in of_this_folder(items) if item.get_closest_marker("full_grid")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]

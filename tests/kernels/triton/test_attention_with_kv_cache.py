@@ -24,7 +24,7 @@ from tests.kernels.test_attention_with_kv_cache import (  # noqa: F401 - tests, 
     test_f51_a_prompt_in_chunks_gives_the_same,
     test_f51_equal_scores_give_running_means,
 )
-from tests.kernels.triton.support import DEVICE, torch
+from tests.kernels.triton.support import DEVICE, INTERPRETED, fenced, torch
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +41,17 @@ def test_heads_that_the_kernels_do_not_take_are_left_to_torch() -> None:
     if torch.cuda.is_available():
         assert module._why_torch(torch.zeros(1, 1, 1, 257, device=DEVICE), Q, Q) == "heads have more than 256 numbers"
     assert module._why_torch(Q, Q, Q) is None
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_f46_unchecked_nothing_beyond_the_cache_is_touched(tokens: int) -> None:
+    if not INTERPRETED:
+        pytest.skip("the fences are in the host's memory")
+    cache = cache_of([8], 8, 1, 256)
+    cache = cache._replace(keys=fenced(cache.keys), values=fenced(cache.values))
+    q, k, v = projections(1, 2, 1, tokens, 256)
+    output, _ = module.attention_with_kv_cache(q, k, v, cache, check=False)
+    assert bool(output.isnan().all()) and cache.seq_lens.tolist() == [8]
 
 
 @pytest.mark.parametrize("where", ["host", "device"])

@@ -185,6 +185,9 @@ def test_a_row_longer_than_told_gives_nan_and_harms_no_other() -> None:
         got = decode(q, held, lengths, one_launch, max_tokens=128)
         near(got[[0, 2]], definition(q, held, lengths)[[0, 2]], FLOAT)
         assert bool(got[[1, 3]].isnan().all())
+        got = decode(q, held, lengths, one_launch, max_tokens=60)  # one split at most
+        near(got[2:3], definition(q, held, lengths)[2:3], FLOAT)
+        assert bool(got[[0, 1, 3]].isnan().all())
 
 
 def test_scratch_memory_may_be_shared_by_launches() -> None:
@@ -213,10 +216,10 @@ def test_f48_rows_share_the_memory_for_splits() -> None:
     for _ in range(2):
         assert same(decode(q, held, lengths, one_launch=True, workspace=fits), want)
         assert not fits.finished.any()
-    short = make_workspace(q, 48, max_tokens=2000, total_tokens=200, config=SMALL)  # 8 items
+    short = make_workspace(q, 48, max_tokens=2000, total_tokens=300, config=SMALL)  # two items too few for the last
     got = decode(q, held, lengths, one_launch=True, workspace=short)
     assert same(got[:4], want[:4]) and bool(got[4].isnan().all())
-    with pytest.raises(ValueError, match="workspace holds 8 splits"):
+    with pytest.raises(ValueError, match="workspace holds 9 splits"):
         decode(q, held, lengths, workspace=short)
 
 
