@@ -38,7 +38,8 @@ def choose(asked: str = "auto") -> tuple[str, list[Probe]]:
     """The backend to use and what was probed on the way.
 
     An explicit name wins, then CORTEXSTREAM_BACKEND, then the first usable of: mlx on Metal, cuda on a GPU, mlx on a
-    CPU, cuda's PyTorch on a CPU, reference. Raises BackendUnavailableError in one sentence when the one asked for cannot run.
+    CPU, cuda's PyTorch on a CPU, reference. Raises BackendUnavailableError in one sentence when the one asked for
+    cannot run.
     """
     source = "backend"
     if asked == "auto":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from cortexstream.kernels.reference.affine_matmul import BITS, GROUPS
 
 NUMBERS_AT_ONCE = 1 << 22  # a code takes eight bytes on its way

@@ -3,9 +3,9 @@
 Importing this package loads nothing; its modules load torch and triton. They take torch tensors on the current CUDA
 device, launch on its current stream and never wait for it. What they have in common:
 
-* K and V of a layer are pools [slots, heads, dim], or `kernels.torch.quantized_pool.QuantizedPool`s. Position p of a row lies in slot
-  table[row, p // block_tokens] * block_tokens + p % block_tokens, or, if `block_tokens` is None, in slot
-  table[row, 0] + p: the row is a run.
+* K and V of a layer are pools [slots, heads, dim], as one tensor or as a `kernels.torch.quantized_pool.QuantizedPool`.
+  Position p of a row lies in slot table[row, p // block_tokens] * block_tokens + p % block_tokens, or, if
+  `block_tokens` is None, in slot table[row, 0] + p: the row is a run.
 * Whatever lies in a pool beyond a row's positions may be anything, NaN included.
 * Errors are raised before a launch. They can only see shapes, dtypes and host numbers: values that lie on the device,
   such as lengths and block numbers, are the caller's to get right.

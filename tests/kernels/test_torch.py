@@ -89,8 +89,9 @@ def test_f42_f50_f51_attention(
     extra = numbers(heads) if sinks else None
     expected = definition.attention(q, k, v, start, 0.3, window, extra)
     first = 0 if window is None else max(0, start + 1 - window)
-    tensors = [torch.from_numpy(x) for x in (q, k[first:], v[first:])]
-    got = attention(*tensors, start, first, window, 0.3, None, None if extra is None else torch.from_numpy(extra))
+    queries, keys, values = (torch.from_numpy(x) for x in (q, k[first:], v[first:]))
+    sink = None if extra is None else torch.from_numpy(extra)
+    got = attention(queries, keys, values, start, first, window, 0.3, None, sink)
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
