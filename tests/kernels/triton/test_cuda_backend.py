@@ -63,7 +63,8 @@ class Replayed:
 
 @pytest.mark.parametrize("name", ["gemma2"])
 def test_what_a_graph_replays_serves_fewer_rows_of_any_length(name: str, folders: dict[str, Path]) -> None:
-    """Three rows in a graph for four, at lengths that grow: bit for bit what the other form of the kernels gives."""
+    """Three rows in a graph for four, at lengths that grow: what the other form of the kernels gives. Not bit for bit,
+    since a CPU's matrix product of four rows has other bits than that of three."""
     from cortexstream.backends.cuda import create
     from cortexstream.backends.cuda.decode import Captured, DecodeStep
 
@@ -99,7 +100,7 @@ def test_what_a_graph_replays_serves_fewer_rows_of_any_length(name: str, folders
         assert len(drawn) == 4
     assert set(step._graphs) == {4, 2}
     for a, b in zip(*logits, strict=True):
-        assert torch.equal(a, b)
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def plans(backend: Any) -> list[StepPlan]:
