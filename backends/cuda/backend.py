@@ -20,18 +20,17 @@ from cortexstream.backends.common.checkpoint import eos_token_ids, read_config
 from cortexstream.backends.common.kv_format import kv_quantization
 from cortexstream.backends.common.kv_memory import KVMemory
 from cortexstream.backends.common.memory import host_memory_bytes
-from cortexstream.backends.cuda.kernels import Kernels, choose
+from cortexstream.backends.cuda.kernels import Kernels, choose, fitting
 from cortexstream.backends.cuda.models import DTYPES, LoadedModel, load
+from cortexstream.backends.cuda.results import Draws, on_the_way, row_results
 from cortexstream.backends.cuda.runner import Runner
 from cortexstream.backends.cuda.step import LastDraws, upload
 from cortexstream.backends.cuda.store import store_maker
 from cortexstream.errors import BackendUnavailableError, EngineError, InvalidRequestError, ModelLoadError
-from cortexstream.plan import PENDING, KVRows, PlanRow, RowResult, SampleSpec, StepPlan, StepResult
+from cortexstream.plan import PENDING, KVRows, PlanRow, SampleSpec, StepPlan, StepResult
 
 BLOCK_TOKENS = 64  # a page is one tile of the attention kernels
 MAX_IN_FLIGHT = 2
-BROKEN = "no token can be drawn: the logits hold NaN or +inf, or every token is banned; the model may be broken"
-
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,12 +42,11 @@ def inference(method: F) -> F:
 
 
 class CudaTicket(NamedTuple):
-    """A step in flight. `host` holds its tokens and flags once `done` has happened."""
+    """A step in flight. `draws` are good once `done` has happened."""
 
     step: int
     rows: tuple[PlanRow, ...]  # those that draw
-    host: torch.Tensor | None  # int64 [2, rows], pinned on a GPU
-    logprobs: torch.Tensor | None
+    draws: Draws | None
     done: Any  # torch.cuda.Event, None on a CPU
     swap_s: float
 
@@ -76,6 +74,7 @@ class CudaBackend:
         folder = Path(options.model)
         loaded = load(folder, options.dtype, self._device, self._kernels.ops)
         self._loaded: LoadedModel | None = loaded
+        self._kernels = fitting(self._kernels, loaded.layers)
         tensors = (*loaded.model.parameters(), *loaded.model.buffers())
         weights = sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in tensors}.values())
         self.model = ModelInfo(
@@ -134,16 +133,8 @@ class CudaBackend:
         self._in_flight.popleft()
         if ticket.done is not None:
             ticket.done.synchronize()
-        if ticket.host is None:
-            return StepResult(ticket.step, (), ticket.swap_s)
-        tokens, broken = ticket.host.tolist()
-        rows = []
-        for place, row in enumerate(ticket.rows):
-            if broken[place]:
-                rows.append(RowResult(row.seq_id, 0, error=BROKEN))
-            else:
-                rows.append(_result(row, tokens[place], ticket.logprobs, place))
-        return StepResult(ticket.step, tuple(rows), ticket.swap_s)
+        results = () if ticket.draws is None else row_results(ticket.rows, ticket.draws)
+        return StepResult(ticket.step, results, ticket.swap_s)
 
     def reset(self) -> None:
         self._in_flight.clear()
@@ -234,11 +225,11 @@ class CudaBackend:
         sampling = tuple(row for row in rows if row.sample is not None)
         if not rows:
             self._last.forget()
-            return CudaTicket(step, (), None, None, None, 0.0)
+            return CudaTicket(step, (), None, None, 0.0)
         logits = self._runner().logits(rows)
         if not sampling:
             self._last.forget()
-            return CudaTicket(step, (), None, None, self._event(), 0.0)
+            return CudaTicket(step, (), None, self._event(), 0.0)
         return self._draw(step, sampling, [waits[row.slot] for row in sampling], logits)
 
     def _draw(self, step: int, rows: tuple[PlanRow, ...], waits: list[bool], logits: torch.Tensor) -> CudaTicket:
@@ -252,14 +243,7 @@ class CudaBackend:
         tokens, broken = self._kernels.draw(logits, specs, positions, pending)
         broken = broken | carried
         self._last.record(rows, slots, tokens, broken)
-        logprobs = None
-        if any(spec.logprobs is not None for spec in specs):
-            logprobs = torch.log_softmax(logits, dim=-1)
-        host = torch.stack((tokens, broken.long()))
-        if self._device.type == "cuda":
-            pinned = torch.empty(host.shape, dtype=host.dtype, pin_memory=True)
-            host = pinned.copy_(host, non_blocking=True)
-        return CudaTicket(step, rows, host, logprobs, self._event(), 0.0)
+        return CudaTicket(step, rows, on_the_way(logits, specs, tokens, broken), self._event(), 0.0)
 
     @inference
     def _capture(self, batch: int) -> None:
@@ -292,21 +276,6 @@ class CudaBackend:
         return self._memory
 
 
-def _result(row: PlanRow, token: int, logprobs: torch.Tensor | None, place: int) -> RowResult:
-    assert row.sample is not None
-    count = row.sample.logprobs
-    if count is None or logprobs is None:
-        return RowResult(row.seq_id, token)
-    values = logprobs[place]
-    top: tuple[tuple[int, float], ...] = ()
-    if count:
-        # A few more than asked for, so that ties at the border go to the lowest ids as the definition says.
-        found = values.topk(min(2 * count + 1, len(values)))
-        pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
-        top = tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:count])
-    return RowResult(row.seq_id, token, float(values[token]), top)
-
-
 def _device(asked: Any) -> torch.device:
     if asked is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -320,6 +289,13 @@ def _device(asked: Any) -> torch.device:
         raise BackendUnavailableError(
             "device: this PyTorch sees no NVIDIA GPU; check nvidia-smi and the installed torch, or use device 'cpu'"
         )
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if device.index is not None and device.index >= count:
+            raise InvalidRequestError(
+                "backend_options", f"has device {asked!r}; this machine has cuda:0 to cuda:{count - 1}"
+            )
+        torch.cuda.set_device(device)  # of this thread, the engine's: kernels are launched on the current device
     return device
 
 

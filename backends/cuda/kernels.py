@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cortexstream.backend import LayerKV
 from cortexstream.backends.cuda import sample
 from cortexstream.backends.cuda.fused import Ops, torch_ops, triton_ops
 from cortexstream.errors import BackendUnavailableError, InvalidRequestError
 from cortexstream.plan import SampleSpec
 
 log = logging.getLogger("cortexstream")
+
+WIDEST_HEAD = 256  # that Triton's attention takes
 
 
 Draw = Callable[
@@ -60,6 +63,16 @@ def choose(options: dict[str, Any], device: torch.device, block_tokens: int) -> 
         log.warning("%s", note)
         return Kernels(False, False, torch_ops(), sample.draw, (note,))
     return Kernels(False, False, torch_ops(), sample.draw)
+
+
+def fitting(kernels: Kernels, layers: Sequence[LayerKV]) -> Kernels:
+    """`kernels`, with torch's attention in place of Triton's if a model's heads are too wide for it."""
+    widest = max(max(layer.key_dim, layer.value_dim) for layer in layers)
+    if not kernels.triton or widest <= WIDEST_HEAD:
+        return kernels
+    note = f"attention runs in torch, and slowly: heads of {widest} numbers; the kernels take at most {WIDEST_HEAD}"
+    log.warning("%s", note)
+    return kernels._replace(triton=False, graphs=False, notes=(*kernels.notes, note))
 
 
 def _unusable(device: torch.device, block_tokens: int) -> str | None:

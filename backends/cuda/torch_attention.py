@@ -101,5 +101,5 @@ def finish(q: torch.Tensor, k: torch.Tensor, rotary: Rotary) -> tuple[torch.Tens
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     turning, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     low, high = turning.chunk(2, dim=-1)
-    turned = turning * cos + torch.cat((-high, low), dim=-1) * sin
+    turned = (turning * cos + torch.cat((-high, low), dim=-1) * sin).to(x.dtype)
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned

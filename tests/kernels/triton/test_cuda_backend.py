@@ -120,3 +120,13 @@ def plans(backend: Any) -> list[StepPlan]:
             PlanRow(slot, slot, (-1,), len(PROMPTS[slot]) + step, known[slot], SampleSpec()) for slot in live
         )))  # fmt: skip
     return made
+
+
+def test_heads_that_are_too_wide_go_through_torch_with_a_note(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "llama", {"head_dim": 260, "num_hidden_layers": 1})
+    with LLM(
+        str(folder), backend="cuda", skip_tokenizer_init=True, backend_options={"device": "cpu", "kernels": "triton"}
+    ) as llm:
+        (output,) = llm.generate(PROMPTS[:1], PARAMS[0], use_tqdm=False)
+        assert "heads of 260 numbers; the kernels take at most 256" in llm.notes[0]
+        assert len(output.outputs[0].token_ids) == 3 and output.outputs[0].error is None
