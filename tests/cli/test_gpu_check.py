@@ -128,6 +128,21 @@ def test_goals_are_met_missed_or_not_measured(scripts: None) -> None:
     assert "stopped after 90 s" in late.found.note
 
 
+def test_f49_decode_attention_is_judged_by_the_bytes_it_must_move(scripts: None, needed: None) -> None:
+    """67 MB of keys and values take 15.6 us at 4.3 TB/s: a time below that is a share above 100 %, and no claim."""
+    speed, timing = import_module("gpu_check_speed"), import_module("gpu_check_timing")
+    shape = speed.SHAPES[0]
+    assert shape.named() == import_module("gpu_check_goals").REFERENCE and shape.kv_bytes() == 67_108_864
+    assert [s.kv_bytes() for s in speed.SHAPES[1:5]] == [33_554_432, 35_651_584, 16_777_216, 8_388_608]
+    Figure = import_module("gpu_check_record").Figure
+    read = Figure(4.3, "TB/s")
+    found = timing.against(shape.kv_bytes(), Figure(15.607, "us"), read)
+    assert found["bytes"].value == pytest.approx(67.108864) and found["rate"].value == pytest.approx(4.3, rel=1e-3)
+    assert found["share"].value == pytest.approx(100.0, rel=1e-3)
+    assert timing.against(shape.kv_bytes(), Figure(9.0, "us"), read)["share"].value > 150.0
+    assert timing.against(shape.kv_bytes(), Figure(None, "us", "no GPU"), read)["share"].value is None
+
+
 def test_a_wrong_kernel_is_noticed(scripts: None, needed: None, tmp_path: Path) -> None:
     """Numbers that are off, bits that change, bits that another way does not have."""
     torch: Any = require("torch")
