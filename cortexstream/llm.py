@@ -13,7 +13,7 @@ from cortexstream.backend import BackendInfo, BackendOptions, ModelInfo, WarmupR
 from cortexstream.config import EngineConfig
 from cortexstream.engine import EngineStats, EngineThread
 from cortexstream.engine.private import export_prefix, import_prefix
-from cortexstream.errors import InvalidRequestError
+from cortexstream.errors import InvalidRequestError, shown
 from cortexstream.generation import Generation, Listener
 from cortexstream.kv import picture
 from cortexstream.models import resolve_model
@@ -52,6 +52,8 @@ class LLM:
         **options: Any,
     ) -> None:
         extra = options.pop("backend_options", None) or {}
+        if not isinstance(extra, dict):
+            raise InvalidRequestError("backend_options", f"is {shown(extra)}; it must be a dict of names and values")
         self.config = EngineConfig.from_kwargs(
             {"model": None if model is None else str(model), "backend": backend, **options}
         )
@@ -196,7 +198,7 @@ class LLM:
         """Read a file of `save_prefix`: prompts that begin with its tokens need not compute them, as long as nobody
         else needs the memory. Returns how many tokens will be found. Raises ModelLoadError for a file that is damaged,
         another checkpoint's, or of other numbers."""
-        prefix = prefix_file.load(Path(path), self._origin())
+        prefix = prefix_file.load(path, self._origin())
         return self._engine.call(lambda core: import_prefix(core, prefix.tokens, prefix.layers))
 
     def _origin(self) -> prefix_file.Origin:

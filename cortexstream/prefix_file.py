@@ -14,6 +14,7 @@ would give other tokens than computing them again; and a digest of all of it, so
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import uuid
 from pathlib import Path
@@ -23,10 +24,11 @@ import numpy as np
 import numpy.typing as npt
 
 from cortexstream.backend import BackendInfo, KVArray, LayerState, ModelInfo, PackedKV
-from cortexstream.errors import InvalidRequestError, ModelLoadError
+from cortexstream.errors import InvalidRequestError, ModelLoadError, shown
 
 FORMAT = "cortexstream-prefix-2"
-SAMPLE_BYTES = 1 << 16  # read from the start, the middle and the end of every weight file
+SAMPLE_BYTES = 1 << 12
+WHOLE_BYTES = 1 << 28
 PARTS = PackedKV._fields
 
 Tensors = dict[str, npt.NDArray[Any]]
@@ -47,17 +49,28 @@ class Prefix(NamedTuple):
 
 
 def checkpoint_id(folder: Path | None) -> str:
-    """A digest of config.json and of samples of the weight files: equal for copies of one checkpoint."""
-    digest = hashlib.sha256()
+    """A digest of config.json and of every tensor: of its name, type and shape, and of SAMPLE_BYTES at its start, its
+    middle and its end, or of all of it in files of up to WHOLE_BYTES. Equal for copies of one checkpoint. A larger one
+    of which only numbers between the samples differ is not told apart."""
     if folder is None:
         return "none"
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
-            for start in (0, max(0, size // 2), max(0, size - SAMPLE_BYTES)):
-                file.seek(start)
-                digest.update(file.read(SAMPLE_BYTES))
+            if size <= WHOLE_BYTES:
+                digest.update(file.read())
+                continue
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = file.read(header_bytes)
+            digest.update(header)
+            for name, tensor in sorted(json.loads(header).items()):
+                if name != "__metadata__":
+                    begin, end = tensor["data_offsets"]
+                    for start in (begin, (begin + end) // 2, max(begin, end - SAMPLE_BYTES)):
+                        file.seek(8 + header_bytes + start)
+                        digest.update(file.read(min(SAMPLE_BYTES, end - start)))
     return digest.hexdigest()
 
 
@@ -70,15 +83,25 @@ def kind_of_numbers(info: BackendInfo, model: ModelInfo) -> str:
 
 
 def check_path(path: str | Path) -> Path:
-    """Raises InvalidRequestError for a path that no file can be written to."""
+    """Where to write, symbolic links followed. Raises InvalidRequestError for what no file can be written to."""
+    if not isinstance(path, str | Path):
+        raise InvalidRequestError("path", f"is {shown(path)}; it must be a str or a Path")
     text = str(path)
-    if not text or "\0" in text or Path(text).name in ("", ".."):
-        raise InvalidRequestError("path", f"is {text!r}; it must name a file")
-    if Path(text).is_dir():
-        raise InvalidRequestError("path", f"{text} is a folder; it must name a file")
-    if not Path(text).parent.is_dir():
-        raise InvalidRequestError("path", f"{text} cannot be written: there is no folder {Path(text).parent}")
-    return Path(text)
+    try:
+        if not text or Path(text).name in ("", ".."):
+            raise InvalidRequestError("path", f"is {text!r}; it must name a file")
+        place = Path(text).resolve()
+        if place.is_dir():
+            raise InvalidRequestError("path", f"{text} is a folder; it must name a file")
+        if place.exists() and not place.is_file():
+            raise InvalidRequestError("path", f"{text} is a device or a pipe; it must name a file")
+        if not place.parent.is_dir():
+            raise InvalidRequestError("path", f"{text} cannot be written: there is no folder {place.parent}")
+    except InvalidRequestError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InvalidRequestError("path", f"is {shown(text)}, which cannot name a file: {error}") from error
+    return place
 
 
 def save(path: Path, origin: Origin, prefix: Prefix) -> int:
@@ -102,16 +125,20 @@ def save(path: Path, origin: Origin, prefix: Prefix) -> int:
     return len(data)
 
 
-def load(path: Path, origin: Origin) -> Prefix:
+def load(path: str | Path, origin: Origin) -> Prefix:
     """Read a file. Raises ModelLoadError, with what is wrong and what to do, for a file that is not such a prefix, is
     damaged, or was computed by another checkpoint or in other numbers."""
     from safetensors import SafetensorError, safe_open
 
+    if not isinstance(path, str | Path):
+        raise InvalidRequestError("path", f"is {shown(path)}; it must be a str or a Path")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = dict(file.metadata() or {})
             _check_metadata(path, metadata, origin)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except ModelLoadError:
+        raise
     except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise ModelLoadError(f"{path}: cannot be read as a saved prefix: {error}") from error
     if metadata.pop("digest", None) != _digest(metadata, tensors):
@@ -136,7 +163,7 @@ def _digest(metadata: dict[str, str], tensors: Tensors) -> str:
     return digest.hexdigest()
 
 
-def _check_metadata(path: Path, metadata: dict[str, str], origin: Origin) -> None:
+def _check_metadata(path: str | Path, metadata: dict[str, str], origin: Origin) -> None:
     if metadata.get("format") != FORMAT:
         raise ModelLoadError(f"{path}: is no saved prefix of this version; make one with save_prefix()")
     if metadata.get("checkpoint") != origin.checkpoint:
@@ -150,7 +177,7 @@ def _check_metadata(path: Path, metadata: dict[str, str], origin: Origin) -> Non
         )
 
 
-def _layers(path: Path, tensors: Tensors) -> list[LayerState]:
+def _layers(path: str | Path, tensors: Tensors) -> list[LayerState]:
     """The states in `tensors`, which must hold nothing else."""
     count = 1 + max((int(found[1]) for name in tensors if (found := re.match(r"layers\.(\d+)\.", name))), default=-1)
     layers = []
@@ -162,7 +189,7 @@ def _layers(path: Path, tensors: Tensors) -> list[LayerState]:
     return layers
 
 
-def _array(path: Path, name: str, tensors: Tensors) -> KVArray:
+def _array(path: str | Path, name: str, tensors: Tensors) -> KVArray:
     """The keys or values of one layer, taken out of `tensors`."""
     whole = tensors.pop(name, None)
     parts = [part for key in PARTS if (part := tensors.pop(f"{name}.{key}", None)) is not None]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from cortexstream.backend import LayerState, ModelInfo, kv_misfit
 from cortexstream.errors import InvalidRequestError
-from cortexstream.plan import PlanRow
+from cortexstream.kv import KVHandle
+from cortexstream.plan import PlanRow, ring_tokens
 
 if TYPE_CHECKING:
     from cortexstream.engine.core import EngineCore
@@ -24,6 +25,9 @@ def export_prefix(core: EngineCore, tokens: Sequence[int]) -> list[LayerState]:
     slot = core.scheduler.borrow_slot()
     try:
         handle = core.arena.admit(len(tokens), len(tokens), tokens)
+        if not _windows_are_whole(core, handle, len(tokens)):
+            core.arena.release(handle)
+            handle = core.arena.admit(len(tokens), len(tokens))
         try:
             core.run_alone([])  # copies of what others have computed
             while handle.position < len(tokens):
@@ -39,6 +43,17 @@ def export_prefix(core: EngineCore, tokens: Sequence[int]) -> list[LayerState]:
     finally:
         core.scheduler.return_slot(slot)
     return layers
+
+
+def _windows_are_whole(core: EngineCore, handle: KVHandle, num_tokens: int) -> bool:
+    """Will the rings hold the last `window` of so many tokens once the rest is computed? What a new sequence finds is
+    one token less: the window before its first own position."""
+    for window in core.backend.model.windows:
+        first = max(0, num_tokens - window)
+        turned = handle.written - ring_tokens(window, core.arena.block_tokens)
+        if first < handle.position and (first < turned or num_tokens <= handle.shortest_reuse):
+            return False
+    return True
 
 
 def import_prefix(core: EngineCore, tokens: Sequence[int], layers: list[LayerState]) -> int:

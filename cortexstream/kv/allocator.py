@@ -86,9 +86,14 @@ class TreeAllocator(Allocator):
             raise ArenaError(f"num_blocks is {num_blocks}; must be at least 0")
         self.num_blocks = num_blocks
         self.num_free = num_blocks
-        self._taken = bytearray(num_blocks)
         self._leaves = 1 << num_blocks.bit_length()
-        self._tree = [0] * (2 * self._leaves)
+        try:
+            self._taken = bytearray(num_blocks)
+            self._tree = [0] * (2 * self._leaves)
+        except MemoryError:
+            raise ArenaError(
+                f"num_blocks is {num_blocks}; the host has no memory to keep account of so many; ask for fewer"
+            ) from None
         if num_blocks:
             self._insert(Run(0, num_blocks))
 

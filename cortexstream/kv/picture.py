@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-from cortexstream.errors import InvalidRequestError
+from cortexstream.errors import InvalidRequestError, shown
 from cortexstream.kv.snapshot import ArenaSnapshot, OwnerSnapshot, PoolSnapshot
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
@@ -82,6 +82,8 @@ def arena_svg(snapshot: ArenaSnapshot) -> str:
 
 def check_path(path: str | Path) -> None:
     """Raise InvalidRequestError if no file of this name can be made: its folder is missing, or it is a folder."""
+    if not isinstance(path, str | Path):
+        raise InvalidRequestError("path", f"is {shown(path)}; it must be a str or a Path")
     folder = Path(path).parent
     if not os.path.isdir(folder):
         raise InvalidRequestError(

@@ -189,6 +189,7 @@ def test_f91_swapped_bits_come_back_and_no_others_change(quantization: KVQuantiz
         (Move(0, 1, 1, 1, 5, 2), "move of 5 tokens does not fit 1 blocks from 0; the KV memory of window 10"),
         (Move(0, 2, 0, 1, 5, 2), "move of 5 tokens does not fit 1 blocks from 0"),  # shrunk below what it carries
         (Move(9, 1, 10, 1, 2, 0), "does not fit 1 blocks from 10; the KV memory has 10 blocks of 4 tokens"),
+        (Move(0, 0, 1, 1, 0, 0), "move of 0 tokens does not fit 0 blocks from 0"),
         (SwapOut(7, row(3), 5), "a copy is kept under key 7 already"),
         (SwapOut(9, row(3), 5), "a copy is kept under key 9 already"),  # by an operation before it
         (SwapOut(8, row(3), 13), "positions 0 to 12 are outside 3 blocks of 4 tokens"),
@@ -290,6 +291,7 @@ def planned(tokens: int, start: int, ring: tuple[int, ...], **more: Any) -> Plan
     [
         (planned(1, 7, (2,)), (), "positions 7 to 7 need 8 slots of a ring of window 6; it has 1 blocks of 4 tokens"),
         (planned(1, 7, (2, 6)), (), "block 6 is outside the 6 blocks of the KV memory of window 6"),
+        (planned(1, 7, (-1, 2)), (), "block -1 is outside the 6 blocks of the KV memory of window 6"),
         (planned(1, 7, ()), (), "it has 0 blocks"),
         (planned(1, 7, (2, 0), kv=KVRows((0, 1), True)), (), "a row has 0 rings; the model has 1 windows"),
         (planned(1, 40, (2, 0)), (), "positions 40 to 40 are outside 10 blocks"),
@@ -341,3 +343,12 @@ def test_warmup_uses_what_rings_there_are(windowed: Backend, tmp_path: Path) -> 
     small.warmup(prompt_tokens=3, batch=1)
     with pytest.raises(EngineError, match="needs 1 to 3 prompt tokens"):
         small.warmup(4, 1)
+
+
+def test_f91_the_seconds_of_all_swaps_of_a_step_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(100))
+    monkeypatch.setattr("cortexstream.backends.common.kv_memory.time.perf_counter", lambda: float(next(ticks)))
+    made = noisy()
+    swaps = (SwapOut(1, row(0), 11), Move(0, 1, 1, 1, 3, 0), SwapIn(1, row(1), 11), SwapOut(2, row(1), 11), SwapDrop(2))
+    made.check_ops(swaps)
+    assert made.execute(swaps) == 4.0

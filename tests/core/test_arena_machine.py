@@ -350,6 +350,34 @@ def test_f83_f90_long_histories_agree_with_the_oracles(placement: Placement) -> 
     assert reused and copied and bool(moved) == (placement == "run")  # the paths were taken
 
 
+@pytest.mark.parametrize("near", [1, 2, 3])
+def test_f17_compaction_that_looks_at_few_runs_is_as_right(near: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In large arenas it sees a part of the runs; here of one, two or three on each side, or more where it must."""
+    monkeypatch.setattr("cortexstream.kv.run_pool.NEAR", near)
+    compactions = 0
+    for seed in range(40):
+        it = random_history(seed, "run")
+        compactions += it.arena.stats().compactions
+        it.end()
+    assert compactions > 100
+
+
+def test_f17_an_arena_of_more_runs_than_compaction_looks_at() -> None:
+    """3,000 runs of two blocks, every other one freed: then runs of seven, which fit no hole."""
+    arena = KVArena(6000, 1, "run", 1.0)
+    handles = [arena.admit(2, 9) for _ in range(3000)]
+    for handle in handles[::2]:
+        arena.release(handle)
+    for handle in handles[1::60]:
+        handle.advance(2)
+        arena.grow(handle, 9)
+    larger = [arena.admit(7) for _ in range(300)]
+    assert arena.stats().compactions > 100
+    arena.check()
+    blocks = [block for _, owned in arena.owners() for block in owned]
+    assert len(set(blocks)) == len(blocks) and all(len(handle.blocks) == 7 for handle in larger)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_f17_f20_f90_100_000_operations_agree_with_a_bitmap(placement: Placement, policy: Policy) -> None:

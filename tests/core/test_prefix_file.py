@@ -164,11 +164,40 @@ def test_another_checkpoint_is_refused(tmp_path: Path) -> None:
     assert checkpoint_id(folder) != before
     with pytest.raises(ModelLoadError, match="another checkpoint"):
         load(tmp_path / "p", Origin(checkpoint_id(folder), "float32"))
+    save_file({"w": np.zeros(200_000, np.float32), "x": np.zeros(3, np.float32)}, folder / "model.safetensors")
+    assert checkpoint_id(folder) != before
     (folder / "config.json").write_text('{"rope_theta": 1.0}')
     assert checkpoint_id(folder) != checkpoint_id(None)
     changed = checkpoint_id(folder)
     (folder / "config.json").write_text('{"rope_theta": 2.0}')
     assert checkpoint_id(folder) != changed
+
+
+@pytest.mark.parametrize("place", [0, 17, 50_000, 99_999])
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_every_tensor_of_a_large_checkpoint_counts(
+    name: str, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start, the middle and the end of each are looked at, wherever it lies in the file."""
+    monkeypatch.setattr(prefix_file, "WHOLE_BYTES", 1000)
+    tensors = {key: np.full(100_000, number, np.float32) for number, key in enumerate("abc")}
+    ids = []
+    for _ in range(2):
+        (tmp_path / "config.json").write_text("{}")
+        save_file(tensors, tmp_path / "model.safetensors")
+        ids.append(checkpoint_id(tmp_path))
+        tensors[name][place] = 9.0
+    assert ids[0] != ids[1]
+
+
+def test_numbers_that_are_not_finite_are_refused_packed_or_not(tmp_path: Path) -> None:
+    ones = np.ones((2, 1, 1), np.float32)
+    packed = PackedKV(np.zeros((2, 1, 1), np.uint32), ones, ones)
+    origin = Origin("none", "int8 in groups of 64, of float32")
+    for bad in (packed._replace(scales=ones * np.nan), packed._replace(biases=ones * np.inf)):
+        save(tmp_path / "p", origin, Prefix((1, 2), [LayerState(packed, bad)]))
+        with pytest.raises(ModelLoadError, match="not finite"):
+            load(tmp_path / "p", origin)
 
 
 def test_every_changed_byte_is_noticed(tmp_path: Path) -> None:
@@ -211,14 +240,76 @@ def test_a_file_of_other_tensors_is_refused(change: dict[str, Any], words: str, 
         load(tmp_path / "p", Origin("none", "float32"))
 
 
-@pytest.mark.parametrize("path", ["", ".", "..", "/", "a\0b", "nowhere/p"])
-def test_a_path_that_cannot_be_a_file_is_refused_before_anything_is_computed(path: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "path", ["", ".", "..", "/", "a\0b", "nowhere/p", "a" * 300, "\ud800", "/dev/null", None, 3, b"x", [], True]
+)
+def test_a_path_that_cannot_be_a_file_is_refused_before_anything_is_computed(path: Any, tmp_path: Path) -> None:
     with null() as llm:
         with pytest.raises(InvalidRequestError, match="path"):
             llm.save_prefix({"prompt_token_ids": PROMPT}, path)
         with pytest.raises(InvalidRequestError, match="is a folder"):
             llm.save_prefix({"prompt_token_ids": PROMPT}, tmp_path)
         assert llm.stats().prompt_tokens == 0
+        if not isinstance(path, str):
+            for call in (llm.load_prefix, llm.arena_svg if path is not None else llm.load_prefix):
+                with pytest.raises(InvalidRequestError, match=r"path: is .*; it must be a str or a Path"):
+                    call(path)
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_link_is_followed_and_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_text("old")
+    link.symlink_to(real)
+    with null() as llm:
+        llm.save_prefix({"prompt_token_ids": PROMPT}, link)
+        assert link.is_symlink() and llm.load_prefix(real) == 50
+
+        def refuse(*_: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "replace", refuse)
+        with pytest.raises(InvalidRequestError, match="cannot be written: Permission denied"):
+            llm.save_prefix({"prompt_token_ids": PROMPT}, tmp_path / "new")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_saving_gives_its_slot_back(tmp_path: Path) -> None:
+    """More often than there are slots, and after a refusal."""
+    with null(max_num_seqs=2) as llm:
+        for number in range(5):
+            llm.save_prefix({"prompt_token_ids": PROMPT[number:]}, tmp_path / "p")
+            with pytest.raises(InvalidRequestError):
+                llm.save_prefix({"prompt_token_ids": [0] * 300}, tmp_path / "p")
+        assert answer(llm, PROMPT)[0]
+
+
+def shares_no_token(llm: LLM) -> None:
+    llm._engine.call(lambda core: core.arena.clear())
+
+
+@pytest.mark.parametrize("layers", ["fresh", "turned", "loaded"])
+@pytest.mark.parametrize(("window", "block_tokens"), [(8, 4), (6, 4), (9, 4), (12, 1)])
+def test_f39_what_is_saved_of_a_ring_is_the_window(layers: str, window: int, block_tokens: int, tmp_path: Path) -> None:
+    """Whatever the ring held before: a prompt that others went on from, one that is the beginning of a loaded file."""
+    options: dict[str, Any] = {"extra": {"window": window}, "block_tokens": block_tokens, "kv_layout": "run"}
+    longer, path = [*PROMPT, 9], tmp_path / "p"
+    with null(**options) as llm:
+        expected = {n: answer(llm, PROMPT[:n])[0] for n in (49, 50)}
+    for length in (49, 50):
+        with null(**options) as llm:
+            if layers == "turned":
+                for tokens in (1, 2, 3):
+                    llm.generate([PROMPT[:length]], SamplingParams(temperature=0, max_tokens=tokens), use_tqdm=False)
+            if layers == "loaded":
+                llm.save_prefix({"prompt_token_ids": longer}, tmp_path / "longer")
+                shares_no_token(llm)
+                llm.load_prefix(tmp_path / "longer")
+            assert llm.save_prefix({"prompt_token_ids": PROMPT[:length]}, path) == length
+            llm.check()
+        with null(**options) as llm:
+            assert llm.load_prefix(path) == length
+            assert answer(llm, PROMPT[:length]) == (expected[length], length - 1)
 
 
 def test_many_threads_save_and_load_one_path(tmp_path: Path) -> None:
