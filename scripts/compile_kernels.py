@@ -281,6 +281,8 @@ VARIANTS: dict[str, Callable[[], object]] = {  # name -> launch; heads/key heads
     "rope and append 32/8x128, int4": append(8, 128, rope=128, q_heads=32, bits=4),
     "rope and append 32/8x128, norms": append(8, 128, rope=128, q_heads=32, norm=True),
     "rope and append 32/32x80, 32 turn": append(32, 80, rope=32, q_heads=32),
+    "norm 128": norm(128),
+    "norm 2048": norm(2048),
     "norm 4096, residual": norm(4096, residual=True),
     "norm 16384": norm(16384),
     "draw from 128256, all there is": draw(128256, logprobs=True, count=True),

@@ -56,7 +56,7 @@ def packing_of(config: dict[str, Any], name: str) -> Packing | None:
     mode, group_size, bits = own.get("mode", "affine"), own.get("group_size"), own.get("bits")
     if mode != "affine":
         raise ModelLoadError(f"config.json: quantization mode {mode!r} of {name} cannot be read; only 'affine' can")
-    if bits not in BITS or group_size not in GROUP_SIZES:
+    if type(bits) is not int or type(group_size) is not int or bits not in BITS or group_size not in GROUP_SIZES:
         raise ModelLoadError(
             f"config.json: quantization of {name} has bits {bits!r} and group_size {group_size!r}; bits may be "
             f"{BITS}, group_size {GROUP_SIZES}"

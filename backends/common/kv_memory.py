@@ -59,7 +59,10 @@ class KVMemory:
                 for number, window in enumerate((None, *windows))
             )  # fmt: skip
         except MemoryError:
-            raise OutOfMemoryBudgetError(f"{device} refused {nbytes} bytes for {asked}") from None
+            raise OutOfMemoryBudgetError(
+                f"{device} refused {nbytes} bytes for {asked}; ask for fewer, or lower "
+                "kv_cache_memory or memory_utilization"
+            ) from None
 
     @property
     def nbytes(self) -> int:

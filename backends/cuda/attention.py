@@ -93,6 +93,8 @@ def _from_transformers(
     seat: Seat = getattr(module, SEAT)
     if seat.attend is None:
         raise RuntimeError("attention was called outside of a step")
+    if getattr(module, "is_causal", True) is False:
+        raise RuntimeError("its tokens attend to later ones, as an encoder's do")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     layer: Any = module.layer_idx

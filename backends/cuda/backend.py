@@ -88,7 +88,7 @@ class CudaBackend:
             name="cuda", device=torch.cuda.get_device_name(self._device) if gpu else "CPU (torch)", kv_layout="paged",
             block_tokens=block_tokens, memory_bytes=_free_bytes(self._device),
             dtype=str(loaded.dtype).removeprefix("torch."), memory_share=0.8 if gpu else 0.25,
-            notes=self._kernels.notes,
+            notes=(*self._kernels.notes, *loaded.notes),
         )  # fmt: skip
         self._memory: KVMemory | None = None
         self._in_flight: deque[CudaTicket] = deque()
@@ -162,6 +162,9 @@ class CudaBackend:
                 f"a warm-up of {prompt_tokens} prompt tokens and {batch} rows needs 1 to {capacity - 1} prompt tokens "
                 f"and at least 1 row"
             )
+        if batch > len(self._last):
+            raise EngineError(f"a warm-up of {batch} rows needs as many slots; there are {len(self._last)}")
+        kv = kv._replace(blocks=kv.blocks[: prompt_tokens // self.info.block_tokens + 1])
         if self._in_flight:
             raise EngineError(f"warm-up needs an idle backend; step {self._in_flight[0].step} waits to be collected")
         spec, steps = SampleSpec(), []

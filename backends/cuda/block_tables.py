@@ -18,7 +18,8 @@ class BlockTables:
     block_tokens]. A ring's blocks are repeated, so that kernels need not know of rings."""
 
     def __init__(self, memory: KVMemory, num_slots: int, max_tokens: int, device: torch.device) -> None:
-        self._width = -(-max_tokens // memory.block_tokens)
+        longest = min(max_tokens, memory.pools[0].num_blocks * memory.block_tokens)
+        self._width = -(-longest // memory.block_tokens)
         self.max_tokens = self._width * memory.block_tokens
         self.tables = [torch.zeros(num_slots, self._width, dtype=torch.int32, device=device) for _ in memory.pools]
         self._known: list[tuple[KVRows | None, ...]] = [(None,) * len(memory.pools)] * num_slots
@@ -28,14 +29,17 @@ class BlockTables:
         return sum(table.nbytes for table in self.tables)
 
     def update(self, rows: Iterable[tuple[int, KVRows]]) -> None:
-        """Send what is new in the rows (slot, kv). Raises EngineError for one longer than a table."""
+        """Send what is new in the rows (slot, kv). Raises EngineError, with nothing sent or remembered, for one longer
+        than a table."""
         changes: list[list[tuple[int, tuple[int, ...]]]] = [[] for _ in self.tables]  # (place in the table, blocks)
+        all_now: dict[int, tuple[KVRows, ...]] = {}
         for slot, kv in rows:
-            now = (kv, *kv.rings)
+            now = all_now[slot] = (kv, *kv.rings)
             for number, (old, new) in enumerate(zip(self._known[slot], now, strict=True)):
                 if old is not None and (old is new or old.blocks == new.blocks):
                     continue
                 changes[number].append(self._change(slot, old, new, ring=number > 0))
+        for slot, now in all_now.items():
             self._known[slot] = now
         for table, change in zip(self.tables, changes, strict=True):
             if change:
@@ -51,7 +55,8 @@ class BlockTables:
             return first, tuple(np.resize(new.blocks, self._width).tolist()) if new.blocks else ()
         if len(new.blocks) > self._width:
             raise EngineError(
-                f"a row of slot {slot} has {len(new.blocks)} blocks; the model's context takes at most {self._width}"
+                f"a row of slot {slot} has {len(new.blocks)} blocks; the model's context and the KV memory "
+                f"take at most {self._width}"
             )
         same = 0 if old is None else len(old.blocks)
         if old is None or new.blocks[:same] != old.blocks:

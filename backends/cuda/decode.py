@@ -15,7 +15,8 @@ import torch
 
 from cortexstream.backends.common.kv_memory import KVMemory
 from cortexstream.backends.cuda.block_tables import BlockTables
-from cortexstream.backends.cuda.models import LoadedModel, forward, short
+from cortexstream.backends.cuda.models import LoadedModel, short
+from cortexstream.backends.cuda.probe import forward
 from cortexstream.backends.cuda.step import LastDraws
 from cortexstream.backends.cuda.triton_attention import DecodeAttention, DecodeRows
 from cortexstream.plan import PlanRow
@@ -83,6 +84,13 @@ class DecodeStep:
     def _capture(self, size: int) -> Captured:
         """Nothing but padding runs here: no memory of a sequence is written."""
         numbers = torch.tensor(self._numbers((), size), dtype=torch.int64, device=self._device)
+        before = torch.cuda.current_stream(self._device)
+        try:
+            return self._capture_beside(numbers)
+        finally:
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own stream in place
+
+    def _capture_beside(self, numbers: torch.Tensor) -> Captured:
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):  # compiles the kernels, and lets libraries make their workspaces

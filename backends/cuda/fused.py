@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from cortexstream.backends.cuda.quantized import QuantizedLinear, fuse
+from cortexstream.kernels.torch import affine_matmul as torch_affine
 from cortexstream.kernels.torch import rms_norm as torch_rms_norm
 from cortexstream.kernels.torch import swiglu as torch_swiglu
 
@@ -19,20 +21,21 @@ class Ops(NamedTuple):
 
     rms_norm: Callable[..., torch.Tensor]  # (x [..., D], weight [D], eps, *, unit_offset)
     gated: Callable[[torch.Tensor, str], torch.Tensor]  # (x [..., 2F], activation) -> [..., F]
+    affine: ModuleType  # affine_matmul and dequantize
 
 
 def torch_ops() -> Ops:
-    return Ops(torch_rms_norm.rms_norm, torch_swiglu.gated)
+    return Ops(torch_rms_norm.rms_norm, torch_swiglu.gated, torch_affine)
 
 
 def triton_ops() -> Ops:
     """Needs triton."""
-    from cortexstream.kernels.triton import rms_norm, swiglu
+    from cortexstream.kernels.triton import affine_matmul, rms_norm, swiglu
 
     def norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, unit_offset: bool) -> torch.Tensor:
         return rms_norm.rms_norm(x.contiguous(), weight, eps, unit_offset=unit_offset)
 
-    return Ops(norm, swiglu.gated)
+    return Ops(norm, swiglu.gated, affine_matmul)
 
 
 class FusedNorm(nn.Module):

@@ -86,6 +86,13 @@ def _unusable(device: torch.device, block_tokens: int) -> str | None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         return f"the kernels need compute capability 8.0 or newer, and this GPU has {major}.{minor}"
+    if device.type == "cuda":
+        try:
+            triton_ops().rms_norm(
+                torch.ones(1, 16, device=device), torch.ones(16, device=device), 1e-6, unit_offset=False
+            )
+        except Exception as error:  # a missing C compiler, driver or library: Triton's own errors are of many kinds
+            return f"Triton cannot run a kernel: {' '.join(str(error).split())[:200]}"
     if block_tokens & (block_tokens - 1):
         return f"the kernels need blocks of a power of two tokens, not {block_tokens}"
     return None

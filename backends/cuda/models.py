@@ -11,9 +11,10 @@ import transformers
 
 from cortexstream.backend import LayerKV
 from cortexstream.backends.common.checkpoint import check_weights, read_config, read_weights
-from cortexstream.backends.cuda.attention import NAME, Options, Rotary, Seat, register, take_seats
+from cortexstream.backends.cuda.attention import NAME, Seat, register, take_seats
 from cortexstream.backends.cuda.fused import Ops
-from cortexstream.backends.cuda.quantized import load_weights
+from cortexstream.backends.cuda.probe import check_rows, forward, geometry
+from cortexstream.backends.cuda.quantized import load_weights, use_kernels
 from cortexstream.backends.cuda.rewrites import rewrite
 from cortexstream.errors import ModelLoadError
 
@@ -33,6 +34,7 @@ class LoadedModel(NamedTuple):
     max_context_tokens: int
     vocab_size: int
     rewrites: dict[str, int]  # how often each structural rewrite was made
+    notes: tuple[str, ...] = ()  # what is served otherwise than the checkpoint says
 
 
 def load(folder: Path, dtype: str, device: torch.device, ops: Ops) -> LoadedModel:
@@ -57,22 +59,36 @@ def load(folder: Path, dtype: str, device: torch.device, ops: Ops) -> LoadedMode
         raise
     except Exception as error:
         raise ModelLoadError(f"{name}: transformers cannot load it: {short(error)}") from error
-    model = model.to(device).eval().requires_grad_(False)
+    try:
+        model = model.to(device).eval().requires_grad_(False)
+    except torch.OutOfMemoryError as error:
+        raise ModelLoadError(
+            f"{name}: its weights do not fit into the memory of {device}; use what mlx-lm quantised, or a smaller model"
+        ) from error
+    use_kernels(model, ops.affine)
     model.set_attn_implementation(NAME)
     seat = Seat()
     take_seats(model, seat)
-    layers, vocab_size = _probe(model, seat, settings, device, name)
-    context = _context(settings, name)
+    context, notes = _context(settings, name)
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:
         """At positions that are far apart, so that a wrong rotation shows."""
         apart = min(37, context // len(tokens))
         return forward(model, tokens, apart * torch.arange(len(tokens), device=device))
 
-    with torch.inference_mode():
-        made = rewrite(model, seat, ops, kind, logits)
+    try:
+        layers, vocab_size = geometry(model, seat, settings, device, name)
+        check_rows(model, seat, settings, device, name)
+        with torch.inference_mode():
+            made = rewrite(model, seat, ops, kind, logits)
+    except ModelLoadError:
+        raise
+    except Exception as error:
+        raise ModelLoadError(
+            f"{name}: this {settings.model_type} model cannot run a few tokens: {short(error)}"
+        ) from error
     log.info("%s: rewritten are %s", name, dict(made))
-    return LoadedModel(model, seat, layers, kind, context, vocab_size, dict(made))
+    return LoadedModel(model, seat, layers, kind, context, vocab_size, dict(made), notes)
 
 
 def _dtype(asked: str, settings: Any, device: torch.device) -> torch.dtype:
@@ -90,9 +106,7 @@ def _build(folder: Path, config: dict[str, Any], settings: Any, kind: torch.dtyp
             raise ModelLoadError(
                 f"{folder.name}: is quantised by {method!r}; use the original weights, or what mlx-lm quantised"
             )
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=kind, local_files_only=True, attn_implementation="eager"
-        )
+        return _dense(folder, kind)
     for key in ("quantization", "quantization_config"):
         if hasattr(settings, key):
             delattr(settings, key)
@@ -102,59 +116,59 @@ def _build(folder: Path, config: dict[str, Any], settings: Any, kind: torch.dtyp
     return model
 
 
+def _dense(folder: Path, kind: torch.dtype) -> Any:
+    """A model of which every tensor came from the folder, and none was left over: transformers makes up what is
+    missing."""
+    told = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it would print a report; what is wrong is said below
+    try:
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=kind,
+            local_files_only=True,
+            attn_implementation="eager",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    finally:
+        transformers.logging.set_verbosity(told)
+    for what in ("missing", "unexpected", "mismatched"):
+        names = sorted(map(str, found[f"{what}_keys"]))
+        if names:
+            raise ModelLoadError(
+                f"{folder.name}: for transformers' {model.config.model_type} {len(names)} tensors are {what}, such as "
+                f"{names[0]}; config.json and the weights do not fit"
+            )
+    return model
+
+
 def _refuse_layers(config: dict[str, Any], name: str) -> None:
     for kind in config.get("layer_types") or ():
         if kind in REFUSED_LAYERS:
             raise ModelLoadError(f"{name}: a layer of this model {REFUSED_LAYERS[kind]}, which is not supported")
 
 
-def _probe(model: Any, seat: Seat, settings: Any, device: torch.device, name: str) -> tuple[tuple[LayerKV, ...], int]:
-    """Learn the KV geometry by running one token with an attention that only looks."""
-    seen: dict[int, LayerKV] = {}
-
-    def look(
-        layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary | None,
-        window: int | None, options: Options,
-    ) -> torch.Tensor:  # fmt: skip
-        if layer in seen:
-            raise ModelLoadError(f"{name}: layer {layer} attends twice, which is not supported")
-        seen[layer] = LayerKV(k.shape[1], k.shape[2], v.shape[2], window)
-        return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-
-    try:
-        with torch.inference_mode(), seat.taken(look):
-            logits = forward(model, torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, device=device))
-    except ModelLoadError:
-        raise
-    except Exception as error:
-        raise ModelLoadError(
-            f"{name}: this {settings.model_type} model cannot run one token: {short(error)}"
-        ) from error
-    layers = getattr(settings.get_text_config(), "num_hidden_layers", len(seen))
-    if sorted(seen) != list(range(layers)):
-        raise ModelLoadError(
-            f"{name}: of the {layers} layers of this {settings.model_type} model {len(seen)} attend through "
-            "transformers' attention interface; the others keep a state that is not supported"
-        )
-    return tuple(seen[layer] for layer in range(layers)), logits.shape[-1]
-
-
-def forward(
-    model: Any, tokens: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Logits [rows, vocabulary] after the tokens with the indices `wanted` (the last, if None), of a flat step: tokens
-    [T] and positions [T] of any number of rows, which only attention tells apart."""
-    keep: Any = 1 if wanted is None else wanted
-    out = model(input_ids=tokens[None], position_ids=positions.long()[None], use_cache=False, logits_to_keep=keep)
-    logits: torch.Tensor = out.logits[0]
-    return logits
-
-
-def _context(settings: Any, name: str) -> int:
+def _context(settings: Any, name: str) -> tuple[int, tuple[str, ...]]:
+    """The longest sequence in tokens, and a note if it is not the checkpoint's."""
     text = settings.get_text_config()
     for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        if isinstance(getattr(text, key, None), int):
-            return int(getattr(text, key))
+        context = getattr(text, key, None)
+        if isinstance(context, int):
+            rope = getattr(text, "rope_parameters", None) or {}
+            kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
+            original = min(
+                (k.get("original_max_position_embeddings", context) for k in kinds if k.get("rope_type") == "longrope"),
+                default=context,
+            )
+            if original >= context:
+                return context, ()
+            # transformers turns every token of a step by the factors of the longest position in it.
+            note = (
+                f"the context is {original} tokens and not {context}: beyond that LongRoPE turns all tokens of a step "
+                "otherwise, and a request's tokens would depend on its neighbours'"
+            )
+            log.warning("%s: %s", name, note)
+            return original, (note,)
     raise ModelLoadError(f"{name}/config.json: names no context length; add max_position_embeddings")
 
 

@@ -6,7 +6,6 @@ dequantised at every call, which is right but slow.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -22,22 +21,13 @@ from cortexstream.kernels.torch import affine_matmul as in_torch
 Arrays = dict[str, npt.NDArray[Any]]
 
 
-def kernels(x: torch.Tensor) -> ModuleType:
-    """The module for x's device: Triton's on CUDA or in its interpreter, else torch's."""
-    triton: Any = sys.modules.get("triton")
-    if x.is_cuda or (triton is not None and triton.knobs.runtime.interpret):
-        from cortexstream.kernels.triton import affine_matmul as in_triton
-
-        return in_triton
-    return in_torch
-
-
 class _Packed(torch.nn.Module):
     """Packed weights [rows, columns] as buffers: `packed` int32, `scales` and `biases` [rows, columns / group]."""
 
     packed: torch.Tensor
     scales: torch.Tensor
     biases: torch.Tensor
+    kernels: ModuleType = in_torch  # what multiplies and dequantises
 
     def __init__(self, packed: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, bits: int, group: int) -> None:
         super().__init__()
@@ -71,7 +61,7 @@ class QuantizedLinear(_Packed):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features] of x's dtype."""
-        product: torch.Tensor = kernels(x).affine_matmul(
+        product: torch.Tensor = self.kernels.affine_matmul(
             x.reshape(-1, x.shape[-1]).contiguous(), self.packed, self.scales, self.biases, self.bits, self.group,
             bias=self.bias,
         )  # fmt: skip
@@ -95,12 +85,14 @@ class QuantizedEmbedding(_Packed):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         flat = ids.reshape(-1)
         parts = (part.index_select(0, flat) for part in (self.packed, self.scales, self.biases))
-        found: torch.Tensor = kernels(self.packed).dequantize(*parts, self.bits, self.group, self.dtype)
+        found: torch.Tensor = self.kernels.dequantize(*parts, self.bits, self.group, self.dtype)
         return (found if self.scale is None else found * self.scale).view(*ids.shape, self.columns)
 
     def as_linear(self) -> QuantizedLinear:
         """The product with the table, for a head that is tied to it; it has the same tensors, not copies."""
-        return QuantizedLinear(self.packed, self.scales, self.biases, self.bits, self.group)
+        linear = QuantizedLinear(self.packed, self.scales, self.biases, self.bits, self.group)
+        linear.kernels = self.kernels
+        return linear
 
 
 def fuse(modules: Sequence[QuantizedLinear]) -> QuantizedLinear:
@@ -115,7 +107,16 @@ def fuse(modules: Sequence[QuantizedLinear]) -> QuantizedLinear:
     if any(m.bias is not None for m in modules):
         bias = torch.cat([m.scales.new_zeros(m.rows) if m.bias is None else m.bias for m in modules])
     packed, scales, biases = (torch.cat([getattr(m, n) for m in modules]) for n in ("packed", "scales", "biases"))
-    return QuantizedLinear(packed, scales, biases, modules[0].bits, modules[0].group, bias)
+    fused = QuantizedLinear(packed, scales, biases, modules[0].bits, modules[0].group, bias)
+    fused.kernels = modules[0].kernels
+    return fused
+
+
+def use_kernels(model: torch.nn.Module, kernels: ModuleType) -> None:
+    """Have all packed layers of a model multiply by `kernels`: `kernels.torch` or `kernels.triton`'s affine_matmul."""
+    for module in model.modules():
+        if isinstance(module, _Packed):
+            module.kernels = kernels
 
 
 def load_weights(model: Any, weights: Arrays, config: dict[str, Any], dtype: torch.dtype) -> None:

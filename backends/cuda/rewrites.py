@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from cortexstream.backends.cuda.attention import SEAT, Norm, Options, Rotary, Seat
+from cortexstream.backends.cuda.attention import SEAT, Norm, Rotary, Seat
 from cortexstream.backends.cuda.fused import FirstPart, FusedMLP, FusedNorm, Ops, OtherPart, side_by_side
 from cortexstream.backends.cuda.quantized import QuantizedLinear
-from cortexstream.backends.cuda.torch_attention import finish
-from cortexstream.kernels.torch.attention import attention
+from cortexstream.backends.cuda.torch_attention import attend_alone
 from cortexstream.kernels.torch.swiglu import ACTIVATIONS
 
 log = logging.getLogger("cortexstream")
@@ -59,7 +58,7 @@ def _kept(
     """Try changes of all attention modules, one after the other, until the model gives the logits that it gave before;
     returns how many modules were changed. What is not kept is undone."""
     tokens = torch.arange(CHECK_TOKENS, device=next(model.parameters()).device)
-    with seat.taken(_attend_alone):
+    with seat.taken(attend_alone):
         wanted = logits(tokens)
         for change in changes:
             undos = [undo for module in list(model.modules()) if (undo := change(module, seat)) is not None]
@@ -146,12 +145,13 @@ def _agree(old: nn.Module, new: nn.Module, width: int, dtype: torch.dtype) -> bo
     device = next(tensor.device for tensor in (*old.parameters(), *old.buffers()))
     x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     try:
-        return _close(old(x), new(x))
+        return close(old(x), new(x))
     except (RuntimeError, TypeError, ValueError):  # it takes something else: not what it looked like
         return False
 
 
-def _close(old: Any, new: Any) -> bool:
+def close(old: Any, new: Any) -> bool:
+    """Are two tensors equal within the rounding of their dtype?"""
     if not isinstance(old, torch.Tensor) or old.shape != new.shape:
         return False
     difference = (old.float() - new.float()).abs().max()
@@ -160,7 +160,7 @@ def _close(old: Any, new: Any) -> bool:
 
 def _same(logits: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, wanted: torch.Tensor) -> bool:
     try:
-        return _close(wanted, logits(tokens))
+        return close(wanted, logits(tokens))
     except (RuntimeError, TypeError, ValueError):
         return False
 
@@ -212,13 +212,3 @@ def _head_norm(module: nn.Module) -> Norm | None:
     if q.weight.shape != k.weight.shape or (q.eps, q.unit_offset) != (k.eps, k.unit_offset):
         return None
     return Norm(q.weight, k.weight, q.eps, q.unit_offset)
-
-
-def _attend_alone(
-    layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary | None, window: int | None,
-    options: Options,
-) -> torch.Tensor:  # fmt: skip
-    """The `Attend` of a row without a past, whose keys and values are kept nowhere."""
-    if rotary is not None:
-        q, k = finish(q, k, rotary)
-    return attention(q, k, v, 0, 0, window, *options)

@@ -10,7 +10,8 @@ import torch
 from cortexstream.backends.common.kv_memory import KVMemory
 from cortexstream.backends.cuda.attention import Attend
 from cortexstream.backends.cuda.kernels import Kernels
-from cortexstream.backends.cuda.models import LoadedModel, forward
+from cortexstream.backends.cuda.models import LoadedModel
+from cortexstream.backends.cuda.probe import forward
 from cortexstream.backends.cuda.step import LastDraws, Span, inputs_of, spans_of
 from cortexstream.backends.cuda.torch_attention import TorchAttention
 from cortexstream.plan import PlanRow

@@ -103,3 +103,13 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor
     low, high = turning.chunk(2, dim=-1)
     turned = (turning * cos + torch.cat((-high, low), dim=-1) * sin).to(x.dtype)
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def attend_alone(
+    layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary | None, window: int | None,
+    options: Options,
+) -> torch.Tensor:  # fmt: skip
+    """The `Attend` of a row without a past, whose keys and values are kept nowhere."""
+    if rotary is not None:
+        q, k = finish(q, k, rotary)
+    return attention(q, k, v, 0, 0, window, *options)

@@ -35,7 +35,7 @@ class Appender:
 
     def __init__(self, num_tokens: int, device: torch.device) -> None:
         self._order = torch.arange(num_tokens, device=device)
-        self._angles: dict[int, tuple[Rotary, torch.Tensor]] = {}
+        self._angles: dict[tuple[int, int], tuple[Rotary, torch.Tensor]] = {}
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary | None, pools: tuple[Any, Any],
@@ -53,8 +53,8 @@ class Appender:
 
     def _table(self, rotary: Rotary) -> torch.Tensor:
         """Cosines and sines [T, D] of the step's tokens, made once for the layers that share them."""
-        key = id(rotary.cos)
-        if key not in self._angles:  # the rotary is kept, so that its id is not given to another
+        key = rotary.cos.data_ptr(), rotary.sin.data_ptr()
+        if key not in self._angles:  # the rotary is kept, so that its memory is not given to another
             half = rotary.cos.shape[-1] // 2
             table = torch.cat((rotary.cos[:, :half], rotary.sin[:, :half]), dim=-1).float()
             self._angles[key] = rotary, table

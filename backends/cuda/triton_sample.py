@@ -50,7 +50,7 @@ def _parameters(
     bits = np.array(floats, np.float32).view(np.int32).tolist()
     sent = upload(device, *integers, *bits)
     slot, bias_slot, top_k, position, index = (numbers.int() for numbers in sent[: INTEGERS - 1])
-    seed = sent[INTEGERS - 1].contiguous()
+    seed = sent[INTEGERS - 1].clone()  # kernels are compiled by alignment: a part of the copy may begin anywhere
     temperature, top_p, log_min_p, repetition, frequency, presence = (
         numbers.int().view(torch.float32) for numbers in sent[INTEGERS:]
     )

@@ -123,6 +123,12 @@ def test_at_least_twenty_architectures() -> None:
         ("mamba", {"state_size": 8}, "attend through transformers' attention interface"),
         ("falcon", {"alibi": True}, "attention"),
         ("bloom", {"n_layer": 2, "n_head": 4}, "attention"),
+        ("bert", {}, "its tokens attend to later ones"),
+        (
+            "falcon_h1",
+            {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_d_ssm": 64},
+            "mixes neighbouring tokens outside of attention",
+        ),
     ],
 )
 def test_other_architectures_are_refused_by_name(
@@ -190,3 +196,57 @@ def test_a_rewritten_model_leaves_transformers_alone(tmp_path: Path) -> None:
         llm.generate({"prompt_token_ids": PROMPTS[0]}, SamplingParams(max_tokens=2), use_tqdm=False)
         assert torch.equal(judge.logits(PROMPTS[0]), before)
         assert torch.equal(Judge(folder).logits(PROMPTS[0]), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"drop": "model.layers.1.mlp.up_proj.weight"},
+            "1 tensors are missing, such as model.layers.1.mlp.up_proj",
+        ),
+        ({"drop": "lm_head.weight"}, "1 tensors are missing, such as lm_head.weight"),
+        ({"add": "model.layers.0.extra.weight"}, "1 tensors are unexpected, such as model.layers.0.extra.weight"),
+        ({"config": {"num_hidden_layers": 4}}, "9 tensors are missing, such as model.layers.3"),
+        ({"config": {"num_hidden_layers": 2}}, "9 tensors are unexpected, such as model.layers.2"),
+        ({"config": {"intermediate_size": 80}}, "tensors are mismatched, such as .*mlp"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """transformers would make up what is missing, other numbers every time."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = write_model(tmp_path / "model", "llama", {})
+    weights = load_file(folder / "model.safetensors")
+    if "drop" in change:
+        del weights[change["drop"]]
+    if "add" in change:
+        weights[change["add"]] = weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change.get("config", {})}))
+    with pytest.raises(ModelLoadError, match=words):
+        LLM(folder, backend="cuda", skip_tokenizer_init=True, backend_options={"device": "cpu"})
+
+
+def test_longrope_keeps_to_the_context_in_which_rows_do_not_change_each_other(tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32, **factors}
+    folder = write_model(tmp_path / "model", "phi3", {
+        "rope_parameters": rope, "max_position_embeddings": 128, "original_max_position_embeddings": 32,
+    })  # fmt: skip
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    with LLM(folder, backend="cuda", skip_tokenizer_init=True, backend_options={"device": "cpu"}) as llm:
+        assert llm.model.max_context_tokens == 32 and "the context is 32 tokens and not 128" in llm.notes[0]
+        alone = llm.generate([PROMPTS[0]], params, use_tqdm=False)[0].outputs[0].token_ids
+        beside = llm.generate([PROMPTS[0], PROMPTS[3]], params, use_tqdm=False)[0].outputs[0].token_ids
+        assert alone == beside
+
+
+def test_warm_up_fits_a_context_that_is_smaller_than_the_memory(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "llama", {"max_position_embeddings": 64})
+    with LLM(
+        folder, backend="cuda", skip_tokenizer_init=True, backend_options={"device": "cpu"}, num_kv_blocks=40,
+        block_tokens=16, max_num_seqs=4,
+    ) as llm:  # fmt: skip
+        assert len(llm.warmup(16, 4).steps) == 2

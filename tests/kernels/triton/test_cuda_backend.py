@@ -9,7 +9,7 @@ import pytest
 
 from cortexstream import LLM, SamplingParams
 from cortexstream.backend import BackendOptions
-from cortexstream.plan import KVRows, PlanRow, SampleSpec, StepPlan, ring_tokens
+from cortexstream.plan import PENDING, KVRows, PlanRow, SampleSpec, StepPlan, ring_tokens
 from tests.conftest import require
 from tests.parity.torch_models import ARCHITECTURES, write_model
 
@@ -130,3 +130,65 @@ def test_heads_that_are_too_wide_go_through_torch_with_a_note(tmp_path: Path) ->
         (output,) = llm.generate(PROMPTS[:1], PARAMS[0], use_tqdm=False)
         assert "heads of 260 numbers; the kernels take at most 256" in llm.notes[0]
         assert len(output.outputs[0].token_ids) == 3 and output.outputs[0].error is None
+
+
+def specs() -> list[SampleSpec]:
+    """Every parameter of a draw, alone and together; the output of some ends with a token that nobody has seen."""
+    history: dict[str, Any] = {"prompt_tokens": (3, 4, 5, 5), "output_tokens": (7, 7, 8)}
+    waiting: dict[str, Any] = {"prompt_tokens": (3, 4), "output_tokens": (7, 9, PENDING)}
+    return [
+        SampleSpec(), SampleSpec(temperature=0.7, seed=3), SampleSpec(temperature=1.2, seed=2**64 - 5, sample_index=3),
+        SampleSpec(temperature=0.9, seed=2**63, top_k=5), SampleSpec(temperature=0.9, seed=9, top_p=0.6, min_p=0.02),
+        SampleSpec(logit_bias=((4, 9.0), (5, -9.0))), SampleSpec(temperature=1.0, seed=1, banned=tuple(range(0, 90))),
+        SampleSpec(repetition_penalty=3.0, **history), SampleSpec(presence_penalty=2.0, **history),
+        SampleSpec(frequency_penalty=2.0, **history), SampleSpec(frequency_penalty=2.0, **waiting),
+        SampleSpec(repetition_penalty=2.0, presence_penalty=1.0, temperature=0.8, seed=4, top_p=0.8, **waiting),
+        SampleSpec(banned=(7,), logit_bias=((8, 2.0),), presence_penalty=0.5, temperature=0.5, seed=6, **history),
+    ]  # fmt: skip
+
+
+def test_f71_f75_the_draw_by_triton_is_the_draw_by_torch() -> None:
+    """Tilted towards the tokens of the histories, so that each parameter matters to some row."""
+    from cortexstream.backends.cuda import sample, triton_sample
+
+    asked = specs()
+    pending = [torch.tensor(7) if PENDING in spec.output_tokens else None for spec in asked]
+    for seed in range(6):
+        logits = torch.randn(len(asked), 100, generator=torch.Generator().manual_seed(seed))
+        logits[:, 3:10] += 3.0
+        positions = [40 + seed + n for n in range(len(asked))]
+        expected, broken = sample.draw(logits, asked, positions, pending)
+        found, also_broken = triton_sample.draw(logits, asked, positions, pending)
+        assert found.tolist() == expected.tolist() and also_broken.tolist() == broken.tolist()
+
+
+def test_f53_slots_that_change_hands_and_two_kinds_of_rotary(tmp_path: Path) -> None:
+    """Two slots for five prompts of several lengths, on a model whose two layers turn by other angles."""
+    kinds = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    folder = write_model(tmp_path, "gemma3_text", {**ARCHITECTURES["gemma3_text"], **kinds})
+    prompts = [[1 + (7 * i + 3 * n) % 150 for i in range(n)] for n in (20, 3, 18, 2, 9)]
+    params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    found = []
+    for kernels in ("triton", "torch"):
+        with LLM(
+            str(folder), backend="cuda", skip_tokenizer_init=True, block_tokens=BLOCK, num_kv_blocks=12, max_num_seqs=2,
+            backend_options={"device": "cpu", "kernels": kernels},
+        ) as llm:  # fmt: skip
+            found.append([tuple(o.outputs[0].token_ids) for o in llm.generate(prompts, params, use_tqdm=False)])
+    assert found[0] == found[1]
+
+
+def test_the_angles_of_a_step_are_laid_out_once(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from cortexstream.backends.cuda.triton_attention import Appender
+
+    made: list[int] = []
+    table = Appender._table
+
+    def watched(self: Any, rotary: Any) -> Any:
+        found = table(self, rotary)
+        made.append(len(self._angles))
+        return found
+
+    monkeypatch.setattr(Appender, "_table", watched)
+    generate(folders["llama"], "triton")
+    assert len(made) >= 4 and set(made) == {1}
