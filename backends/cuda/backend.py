@@ -280,25 +280,29 @@ class CudaBackend:
 
 
 def _device(asked: Any) -> torch.device:
+    """The device, a GPU with its number. Makes a GPU the current one of this thread, which is the engine's: kernels are
+    launched there."""
     if asked is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(asked)
     except (RuntimeError, TypeError):
         device = torch.device("meta")
     if device.type not in ("cuda", "cpu"):
         raise InvalidRequestError("backend_options", f"has device {asked!r}; it must be cuda, cuda:N or cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
         raise BackendUnavailableError(
             "device: this PyTorch sees no NVIDIA GPU; check nvidia-smi and the installed torch, or use device 'cpu'"
         )
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if device.index is not None and device.index >= count:
-            raise InvalidRequestError(
-                "backend_options", f"has device {asked!r}; this machine has cuda:0 to cuda:{count - 1}"
-            )
-        torch.cuda.set_device(device)  # of this thread, the engine's: kernels are launched on the current device
+    count = torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        raise InvalidRequestError(
+            "backend_options", f"has device {asked!r}; this machine has cuda:0 to cuda:{count - 1}"
+        )
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    torch.cuda.set_device(device)
     return device
 
 
