@@ -145,9 +145,10 @@ def test_p6_one_wrong_number_in_the_weights_fails(recorded: Path, faulty: Path) 
     assert Fingerprint.of_folder(tiny_folder()).differences(Fingerprint.of_folder(faulty)) == []
     done = cortexstream("parity", str(faulty), "--check", str(recorded))
     assert done.returncode == 1 and done.stderr == ""
-    *table, verdict = done.stdout.splitlines()
+    *table, verdict, hint = done.stdout.splitlines()
     assert verdict.startswith("FAIL: the largest error of a logprob is ")
     assert verdict.endswith("tokens differ, and not by a tie")
+    assert hint.startswith("The weight files differ from the recorded ones")
     (row,) = [line for line in table if line.startswith("letter") and " greedy " in line]
     assert "recorded, " in row and row.endswith("a fault")
 
