@@ -99,7 +99,7 @@ def check_path(path: str | Path) -> Path:
             raise InvalidRequestError("path", f"{text} cannot be written: there is no folder {place.parent}")
     except InvalidRequestError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last for a ring of links, before Python 3.13
         raise InvalidRequestError("path", f"is {shown(text)}, which cannot name a file: {error}") from error
     return place
 
@@ -126,8 +126,8 @@ def save(path: Path, origin: Origin, prefix: Prefix) -> int:
 
 
 def load(path: str | Path, origin: Origin) -> Prefix:
-    """Read a file. Raises ModelLoadError, with what is wrong and what to do, for a file that is not such a prefix, is
-    damaged, or was computed by another checkpoint or in other numbers."""
+    """Read a file. Raises InvalidRequestError for a path that is none, and ModelLoadError, with what is wrong and what
+    to do, for a file that is not such a prefix, is damaged, or was computed by another checkpoint or in other numbers."""
     from safetensors import SafetensorError, safe_open
 
     if not isinstance(path, str | Path):

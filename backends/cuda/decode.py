@@ -43,7 +43,8 @@ class DecodeStep:
     ) -> None:  # fmt: skip
         self._loaded, self._memory, self._tables, self._last, self._device = loaded, memory, tables, last, device
         self._graphs: dict[int, Captured] | None = {} if graphs else None
-        self._pool: Any = None
+        self._pool: Any = None  # memory that the graphs share, as they are captured on one stream
+        self._side: Any = None
         self.notes: tuple[str, ...] = ()
 
     def logits(self, rows: Sequence[PlanRow]) -> torch.Tensor:
@@ -74,7 +75,7 @@ class DecodeStep:
         if size not in self._graphs:
             try:
                 self._graphs[size] = self._capture(size)
-            except RuntimeError as error:
+            except Exception as error:  # torch's, Triton's and the model's own are of many kinds
                 note = f"decoding runs without CUDA graphs, and slower: this model cannot be captured ({short(error)})"
                 log.warning("%s", note)
                 self._graphs, self.notes = None, (note,)
@@ -91,7 +92,7 @@ class DecodeStep:
             torch.cuda.set_stream(before)  # a capture that fails leaves its own stream in place
 
     def _capture_beside(self, numbers: torch.Tensor) -> Captured:
-        side = torch.cuda.Stream(self._device)
+        side = self._side = self._side or torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):  # compiles the kernels, and lets libraries make their workspaces
             for _ in range(2):

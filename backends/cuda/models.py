@@ -59,12 +59,11 @@ def load(folder: Path, dtype: str, device: torch.device, ops: Ops) -> LoadedMode
         raise
     except Exception as error:
         raise ModelLoadError(f"{name}: transformers cannot load it: {short(error)}") from error
+    too_large = f"{name}: it does not fit into the memory of {device}; use what mlx-lm quantised, or a smaller model"
     try:
         model = model.to(device).eval().requires_grad_(False)
     except torch.OutOfMemoryError as error:
-        raise ModelLoadError(
-            f"{name}: its weights do not fit into the memory of {device}; use what mlx-lm quantised, or a smaller model"
-        ) from error
+        raise ModelLoadError(too_large) from error
     use_kernels(model, ops.affine)
     model.set_attn_implementation(NAME)
     seat = Seat()
@@ -83,6 +82,8 @@ def load(folder: Path, dtype: str, device: torch.device, ops: Ops) -> LoadedMode
             made = rewrite(model, seat, ops, kind, logits)
     except ModelLoadError:
         raise
+    except torch.OutOfMemoryError as error:
+        raise ModelLoadError(too_large) from error
     except Exception as error:
         raise ModelLoadError(
             f"{name}: this {settings.model_type} model cannot run a few tokens: {short(error)}"
@@ -133,7 +134,7 @@ def _dense(folder: Path, kind: torch.dtype) -> Any:
     finally:
         transformers.logging.set_verbosity(told)
     for what in ("missing", "unexpected", "mismatched"):
-        names = sorted(map(str, found[f"{what}_keys"]))
+        names = sorted(key if isinstance(key, str) else str(key[0]) for key in found[f"{what}_keys"])
         if names:
             raise ModelLoadError(
                 f"{folder.name}: for transformers' {model.config.model_type} {len(names)} tensors are {what}, such as "

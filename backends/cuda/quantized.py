@@ -1,7 +1,7 @@
 """Layers that hold mlx's packed weights, and their way from a checkpoint into one of transformers' models.
 
-`backends.common.affine` has the format. On a CUDA device a layer multiplies with the packed weights; elsewhere they are
-dequantised at every call, which is right but slow.
+`backends.common.affine` has the format. Triton's kernels multiply with the packed weights (`use_kernels`); torch's,
+which a layer has at first, dequantise them at every call, which is right but slow.
 """
 
 from __future__ import annotations

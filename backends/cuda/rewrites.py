@@ -1,7 +1,8 @@
 """Structural rewrites: parts of transformers' models, found by what they do, replaced by ones with fewer launches.
 
-Nothing is believed. A norm or an MLP is replaced if its replacement gives the same numbers for random input; what is
-changed in attention modules is kept if the whole model gives the same logits. What does not pass stays as it was.
+Nothing is believed. A norm or an MLP is replaced if its replacement gives the same numbers for random input. A rotary
+function must turn the same pairs in float32, and what is changed in attention modules is kept if the whole model gives
+the same logits. What does not pass stays as it was.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import nn
 from cortexstream.backends.cuda.attention import SEAT, Norm, Rotary, Seat
 from cortexstream.backends.cuda.fused import FirstPart, FusedMLP, FusedNorm, Ops, OtherPart, side_by_side
 from cortexstream.backends.cuda.quantized import QuantizedLinear
-from cortexstream.backends.cuda.torch_attention import attend_alone
+from cortexstream.backends.cuda.torch_attention import attend_alone, finish
 from cortexstream.kernels.torch.swiglu import ACTIVATIONS
 
 log = logging.getLogger("cortexstream")
@@ -141,11 +142,11 @@ def _format(linear: nn.Linear | QuantizedLinear) -> tuple[Any, ...]:
 
 
 def _agree(old: nn.Module, new: nn.Module, width: int, dtype: torch.dtype) -> bool:
-    """Do both give the same for random input [.., width]?"""
+    """Do both give the same for random input [.., width]? With a mean, or a layer norm would pass for one without."""
     device = next(tensor.device for tensor in (*old.parameters(), *old.buffers()))
     x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     try:
-        return close(old(x), new(x))
+        return all(close(old(given), new(given)) for given in (x, x + 2.0, 8.0 * x - 4.0))
     except (RuntimeError, TypeError, ValueError):  # it takes something else: not what it looked like
         return False
 
@@ -181,6 +182,8 @@ def _defer(module: nn.Module, seat: Seat, norm: Norm | None = None) -> Undo | No
     forward = _forward_of(module)
     if not hasattr(module, SEAT) or ROTARY not in forward.__code__.co_names:
         return None
+    if not _turns_halves(forward.__globals__.get(ROTARY)):
+        return None
 
     def note(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *_: Any, **__: Any) -> Any:
         seat.rotary = Rotary(cos[0], sin[0], norm)
@@ -203,6 +206,20 @@ def _defer(module: nn.Module, seat: Seat, norm: Norm | None = None) -> Undo | No
             setattr(module, name, children[name])
 
     return undo
+
+
+def _turns_halves(function: Any) -> bool:
+    """Does a model's rotary function turn the pairs that attention does? In float32, whatever the weights are."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 3, 16, generator=generator) for heads in (4, 2))
+    angles = torch.randn(1, 3, 8, generator=generator).repeat(1, 1, 2)
+    rotary = Rotary(angles.cos()[0], angles.sin()[0], None)
+    try:
+        turned = function(q, k, angles.cos(), angles.sin())
+        ours = finish(q[0].transpose(0, 1), k[0].transpose(0, 1), rotary)
+        return all(close(a[0].transpose(0, 1), b) for a, b in zip(turned, ours, strict=True))
+    except (RuntimeError, TypeError, ValueError, IndexError):  # it takes something else
+        return False
 
 
 def _head_norm(module: nn.Module) -> Norm | None:

@@ -258,12 +258,17 @@ def test_a_path_that_cannot_be_a_file_is_refused_before_anything_is_computed(pat
 
 
 def test_a_link_is_followed_and_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, link = tmp_path / "real", tmp_path / "link"
+    real, link, ring = tmp_path / "real", tmp_path / "link", tmp_path / "ring"
+    ring.symlink_to(ring)
     real.write_text("old")
     link.symlink_to(real)
     with null() as llm:
         llm.save_prefix({"prompt_token_ids": PROMPT}, link)
         assert link.is_symlink() and llm.load_prefix(real) == 50
+
+        with pytest.raises(InvalidRequestError, match="path"):
+            llm.save_prefix({"prompt_token_ids": PROMPT}, ring)
+        ring.unlink()
 
         def refuse(*_: object) -> None:
             raise PermissionError(13, "Permission denied")
@@ -284,10 +289,6 @@ def test_saving_gives_its_slot_back(tmp_path: Path) -> None:
         assert answer(llm, PROMPT)[0]
 
 
-def shares_no_token(llm: LLM) -> None:
-    llm._engine.call(lambda core: core.arena.clear())
-
-
 @pytest.mark.parametrize("layers", ["fresh", "turned", "loaded"])
 @pytest.mark.parametrize(("window", "block_tokens"), [(8, 4), (6, 4), (9, 4), (12, 1)])
 def test_f39_what_is_saved_of_a_ring_is_the_window(layers: str, window: int, block_tokens: int, tmp_path: Path) -> None:
@@ -302,8 +303,8 @@ def test_f39_what_is_saved_of_a_ring_is_the_window(layers: str, window: int, blo
                 for tokens in (1, 2, 3):
                     llm.generate([PROMPT[:length]], SamplingParams(temperature=0, max_tokens=tokens), use_tqdm=False)
             if layers == "loaded":
-                llm.save_prefix({"prompt_token_ids": longer}, tmp_path / "longer")
-                shares_no_token(llm)
+                with null(**options) as other:  # whose memory holds more than the file
+                    other.save_prefix({"prompt_token_ids": longer}, tmp_path / "longer")
                 llm.load_prefix(tmp_path / "longer")
             assert llm.save_prefix({"prompt_token_ids": PROMPT[:length]}, path) == length
             llm.check()

@@ -187,6 +187,19 @@ def test_structural_rewrites_are_made_where_they_hold(
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("architecture", ["cohere", "olmo"])
+def test_layer_norms_are_no_root_mean_square_norms(architecture: str, dtype: str, tmp_path: Path) -> None:
+    """Wide vectors, small weights, half precision: where a mean near zero would hide the difference."""
+    from cortexstream.backends.cuda.fused import torch_ops
+    from cortexstream.backends.cuda.models import load
+
+    wide = {**ARCHITECTURES[architecture], "hidden_size": 512, "num_hidden_layers": 1}
+    folder = write_model(tmp_path / "model", architecture, wide, dtype=dtype, scale=0.02)
+    made = load(folder, dtype, torch.device("cpu"), torch_ops()).rewrites
+    assert "norm" not in made and bool(made["rotary"]) == (architecture == "olmo")
+
+
 def test_a_rewritten_model_leaves_transformers_alone(tmp_path: Path) -> None:
     """Another model of the same class, loaded before or after, computes as before."""
     folder = write_model(tmp_path / "model", "qwen3", ARCHITECTURES["qwen3"])
