@@ -127,7 +127,8 @@ def save(path: Path, origin: Origin, prefix: Prefix) -> int:
 
 def load(path: str | Path, origin: Origin) -> Prefix:
     """Read a file. Raises InvalidRequestError for a path that is none, and ModelLoadError, with what is wrong and what
-    to do, for a file that is not such a prefix, is damaged, or was computed by another checkpoint or in other numbers."""
+    to do, for a file that is not such a prefix, is damaged, or was computed by another checkpoint or in other
+    numbers."""
     from safetensors import SafetensorError, safe_open
 
     if not isinstance(path, str | Path):
