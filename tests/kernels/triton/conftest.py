@@ -12,10 +12,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
 import pytest
+
+from tests.conftest import require
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -64,6 +67,20 @@ INTERPRETERS = pytest.StashKey[dict[Path, Interpreter]]()  # by file
 def runs_here() -> bool:
     """Can kernels run in this process? Only asked once torch is imported: the tests need it to be collected."""
     return os.environ.get("TRITON_INTERPRET") == "1" or bool(sys.modules["torch"].cuda.is_available())
+
+
+class NeedsTriton(pytest.Module):
+    """A file of this folder: left out, or failed if CI must have them, where torch or triton are missing."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        require("torch")
+        require("triton")
+        return super().collect()
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+    made: pytest.Module = NeedsTriton.from_parent(parent, path=module_path)
+    return made
 
 
 @pytest.hookimpl(tryfirst=True)
