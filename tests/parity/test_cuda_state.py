@@ -90,3 +90,18 @@ def test_p5_ten_thousand_seeded_draws_are_the_definitions() -> None:
         noisy += sum(a != b for a, b in zip(moved, expected, strict=True))
         total += 250
     assert total == 10_000 and wrong == 0 and 0 < noisy < 30
+
+
+def test_the_likeliest_are_in_order_and_ties_go_to_the_lowest_ids() -> None:
+    """As many as the row asks for, of rows that ask for other numbers, in a vocabulary smaller than what is fetched."""
+    from cortexstream.backends.cuda.results import on_the_way, row_results
+
+    logits = torch.tensor([[0.0, 3.0, 3.0, 1.0, 3.0], [5.0, 1.0, 1.0, 4.0, 1.0], [0.0, 0.0, 9.0, 0.0, 0.0]])
+    specs = [SampleSpec(logprobs=2), SampleSpec(logprobs=4), SampleSpec()]
+    rows = tuple(PlanRow(n, n, (1,), 0, kv(n), spec) for n, spec in enumerate(specs))
+    draws = on_the_way(logits, specs, torch.tensor([4, 3, 2]), torch.tensor([False, False, False]))
+    found = row_results(rows, draws)
+    assert [[token for token, _ in row.top_logprobs] for row in found] == [[1, 2], [0, 3, 1, 2], []]
+    raw = torch.log_softmax(logits, dim=-1)
+    assert found[0].logprob == raw[0, 4].item() and found[1].top_logprobs[1][1] == raw[1, 3].item()
+    assert found[2].logprob is None and [row.token for row in found] == [4, 3, 2]

@@ -46,9 +46,34 @@ def test_f53_f58_tokens_are_those_of_torch(name: str, folders: dict[str, Path]) 
     assert generate(folders[name], "triton") == generate(folders[name], "torch")
 
 
-def test_f89_quantised_kv(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = write_model(tmp_path, "llama", {"head_dim": 32, "num_hidden_layers": 2})
-    assert generate(folder, "triton", kv_dtype="int8") == generate(folder, "torch", kv_dtype="int8")
+@pytest.mark.parametrize(("name", "kv_dtype"), [("llama", "int8"), ("mistral", "int4")])
+def test_f89_quantised_kv(name: str, kv_dtype: str, tmp_path: Path) -> None:
+    """Codes, scales and biases; of rings, too, which chunks of prompts leave and re-enter as they are stored."""
+    folder = write_model(tmp_path, name, {**ARCHITECTURES[name], "head_dim": 32, "num_hidden_layers": 2})
+    assert generate(folder, "triton", kv_dtype=kv_dtype) == generate(folder, "torch", kv_dtype=kv_dtype)
+
+
+def test_p2_packed_layers_multiply_by_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that mlx-lm packed: fused projections, the head and the embedding all go through Triton's kernels."""
+    require("mlx_lm")
+    from cortexstream.kernels.triton import affine_matmul
+    from tests.parity.test_quantized_linear import quantize
+    from tests.parity.tiny_models import write_model as write_packable
+
+    folder = quantize(
+        write_packable(tmp_path / "llama", "llama", {"hidden_size": 128, "intermediate_size": 256}), 4, 64
+    )
+    seen: list[int] = []
+    inner = affine_matmul.affine_matmul
+
+    def watched(x: Any, packed: Any, *rest: Any, **options: Any) -> Any:
+        seen.append(len(packed))
+        return inner(x, packed, *rest, **options)
+
+    expected = generate(folder, "torch")
+    monkeypatch.setattr(affine_matmul, "affine_matmul", watched)
+    assert generate(folder, "triton") == expected
+    assert 512 in seen and len(set(seen)) >= 4  # gate and up as one; qkv, o and down, and the head
 
 
 class Replayed:
