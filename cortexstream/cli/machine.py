@@ -16,7 +16,7 @@ PACKAGES = (
     "numpy", "mlx", "mlx-metal", "mlx-cpu", "mlx-lm", "torch", "triton", "transformers", "tokenizers", "sentencepiece",
     "safetensors",
 )  # fmt: skip
-ORDER = "the first that can run of: mlx on Metal, cuda on a GPU, mlx on a CPU, reference"
+ORDER = "the first that can run of: mlx on Metal, cuda on a GPU, mlx on a CPU, cuda on a CPU, reference"
 
 
 def describe_machine() -> dict[str, Any]:
