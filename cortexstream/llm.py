@@ -14,6 +14,7 @@ from cortexstream.config import EngineConfig
 from cortexstream.engine import EngineStats, EngineThread
 from cortexstream.engine.private import export_prefix, import_prefix
 from cortexstream.errors import InvalidRequestError, shown
+from cortexstream.files import check_path, write_whole
 from cortexstream.generation import Generation, Listener
 from cortexstream.kv import picture
 from cortexstream.models import resolve_model
@@ -188,7 +189,7 @@ class LLM:
         """Compute a prompt's keys and values and write them to a safetensors file (`cortexstream.prefix_file` says what
         is in it); returns the number of tokens. The file serves every backend that loads the same checkpoint with the
         same dtype and kv_dtype."""
-        place = prefix_file.check_path(path)
+        place = check_path("path", path)
         _, tokens = tokenize(prompt, self.tokenizer)
         layers = self._engine.call(lambda core: export_prefix(core, tokens))
         prefix_file.save(place, self._origin(), prefix_file.Prefix(tokens, layers))
@@ -224,10 +225,10 @@ class LLM:
         Raises InvalidRequestError if that cannot be written; a folder that is missing is not made.
         """
         if path is not None:
-            picture.check_path(path)
+            check_path("path", path)
         drawn = picture.arena_svg(self._engine.call(lambda core: core.arena.snapshot()))
         if path is not None:
-            picture.write(drawn, path)
+            write_whole("path", path, drawn.encode())
         return drawn
 
     def check(self) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ import numpy.typing as npt
 
 from cortexstream.backend import BackendInfo, KVArray, LayerState, ModelInfo, PackedKV
 from cortexstream.errors import InvalidRequestError, ModelLoadError, shown
+from cortexstream.files import write_whole
 
 FORMAT = "cortexstream-prefix-2"
 SAMPLE_BYTES = 1 << 12
@@ -82,28 +82,6 @@ def kind_of_numbers(info: BackendInfo, model: ModelInfo) -> str:
     return f"int{bits} in groups of {group}, of {info.dtype}"
 
 
-def check_path(path: str | Path) -> Path:
-    """Where to write, symbolic links followed. Raises InvalidRequestError for what no file can be written to."""
-    if not isinstance(path, str | Path):
-        raise InvalidRequestError("path", f"is {shown(path)}; it must be a str or a Path")
-    text = str(path)
-    try:
-        if not text or Path(text).name in ("", ".."):
-            raise InvalidRequestError("path", f"is {text!r}; it must name a file")
-        place = Path(text).resolve()
-        if place.is_dir():
-            raise InvalidRequestError("path", f"{text} is a folder; it must name a file")
-        if place.exists() and not place.is_file():
-            raise InvalidRequestError("path", f"{text} is a device or a pipe; it must name a file")
-        if not place.parent.is_dir():
-            raise InvalidRequestError("path", f"{text} cannot be written: there is no folder {place.parent}")
-    except InvalidRequestError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:  # the last for a ring of links, before Python 3.13
-        raise InvalidRequestError("path", f"is {shown(text)}, which cannot name a file: {error}") from error
-    return place
-
-
 def save(path: Path, origin: Origin, prefix: Prefix) -> int:
     """Write a file, whole or not at all, whoever else writes it; returns its bytes. Raises InvalidRequestError."""
     from safetensors.numpy import save as as_bytes
@@ -114,14 +92,7 @@ def save(path: Path, origin: Origin, prefix: Prefix) -> int:
             tensors |= _named(f"layers.{number}.{name}", array)
     metadata = {"format": FORMAT, **origin._asdict()}
     data = as_bytes(tensors, {**metadata, "digest": _digest(metadata, tensors)})
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        raise InvalidRequestError("path", f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole("path", path, data)
     return len(data)
 
 

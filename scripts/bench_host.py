@@ -22,6 +22,7 @@ from bench_record import write_record
 from cortexstream import EngineConfig, SamplingParams
 from cortexstream.backend import BackendInfo, LayerKV, LayerState, ModelInfo, WarmupReport
 from cortexstream.engine import EngineCore
+from cortexstream.errors import EngineError
 from cortexstream.plan import KVRows, RowResult, StepPlan, StepResult
 from cortexstream.request import Request
 from cortexstream.scheduler import TokenEvent
@@ -73,10 +74,10 @@ class InstantBackend:
         pass
 
     def read_kv(self, kv: KVRows, num_tokens: int) -> list[LayerState]:
-        raise NotImplementedError("there is no memory to read")
+        raise EngineError("this backend has no memory to read")
 
     def write_kv(self, kv: KVRows, num_tokens: int, layers: list[LayerState]) -> None:
-        raise NotImplementedError("there is no memory to write")
+        raise EngineError("this backend has no memory to write")
 
     def memory_addresses(self) -> list[int]:
         return []

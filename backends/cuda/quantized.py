@@ -90,9 +90,7 @@ class QuantizedEmbedding(_Packed):
 
     def as_linear(self) -> QuantizedLinear:
         """The product with the table, for a head that is tied to it; it has the same tensors, not copies."""
-        linear = QuantizedLinear(self.packed, self.scales, self.biases, self.bits, self.group)
-        linear.kernels = self.kernels
-        return linear
+        return QuantizedLinear(self.packed, self.scales, self.biases, self.bits, self.group)
 
 
 def fuse(modules: Sequence[QuantizedLinear]) -> QuantizedLinear:

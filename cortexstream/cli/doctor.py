@@ -42,9 +42,9 @@ def doctor(
     Without a model that loads it tells the reason and everything else.
     """
     if arena_svg is not None:
-        from cortexstream.kv.picture import check_path
+        from cortexstream.files import check_path
 
-        check_path(arena_svg)
+        check_path("path", arena_svg)
     report: dict[str, Any] = {
         "cortexstream": __version__, "machine": describe_machine(), "packages": installed_versions(),
         "backends": describe_backends(backend),

@@ -74,11 +74,12 @@ def parity(
             "prompt" if prompt else "steps", "goes with --record; a check repeats what was recorded"
         )
     from cortexstream import parity as work
+    from cortexstream.files import check_path
     from cortexstream.models import resolve_model
 
     recorded = None if check is None else work.load(check)
     if record is not None:
-        work.check_path(record)
+        check_path("record", record)
     fingerprint = work.Fingerprint.of_folder(resolve_model(model))
     if recorded is not None:
         refuse_another_model(recorded.fingerprint, fingerprint)

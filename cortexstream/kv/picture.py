@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-from cortexstream.errors import InvalidRequestError, shown
 from cortexstream.kv.snapshot import ArenaSnapshot, OwnerSnapshot, PoolSnapshot
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
@@ -78,27 +75,6 @@ def arena_svg(snapshot: ArenaSnapshot) -> str:
         _rect(0, 0, width, height, f' rx="8" fill="{PAPER}"'),  # so that the text is readable on a dark page, too
         *body, *listed, "</svg>", "",
     ])  # fmt: skip
-
-
-def check_path(path: str | Path) -> None:
-    """Raise InvalidRequestError if no file of this name can be made: its folder is missing, or it is a folder."""
-    if not isinstance(path, str | Path):
-        raise InvalidRequestError("path", f"is {shown(path)}; it must be a str or a Path")
-    folder = Path(path).parent
-    if not os.path.isdir(folder):
-        raise InvalidRequestError(
-            "path", f"{path} cannot be written: the folder {folder} does not exist; make it, or name another"
-        )
-    if os.path.isdir(path):
-        raise InvalidRequestError("path", f"{path} is a folder; name a file in it, such as {Path(path, 'arena.svg')}")
-
-
-def write(svg: str, path: str | Path) -> None:
-    """Write a picture as UTF-8, over what was there. Raises InvalidRequestError if the system refuses."""
-    try:
-        Path(path).write_text(svg, encoding="utf-8")
-    except OSError as error:
-        raise InvalidRequestError("path", f"{path} cannot be written: {error.strerror}; name another file") from error
 
 
 def kinds_of(pool: PoolSnapshot, block_tokens: int) -> list[int]:

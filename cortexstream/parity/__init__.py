@@ -13,7 +13,7 @@ from cortexstream.parity.compare import Comparison, Difference, TrialComparison,
 from cortexstream.parity.fingerprint import Fingerprint
 from cortexstream.parity.measure import follow, measure
 from cortexstream.parity.prompts import STEPS, NamedPrompt, choose_prompts
-from cortexstream.parity.record import Origin, Record, check_path, load, save
+from cortexstream.parity.record import Origin, Record, load, save
 from cortexstream.parity.trial import Step, Trial
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "Trial",
     "TrialComparison",
     "bound_of",
-    "check_path",
     "choose_prompts",
     "compare",
     "follow",

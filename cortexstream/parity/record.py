@@ -12,12 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cortexstream.errors import InvalidRequestError
+from cortexstream.files import write_whole
 from cortexstream.parity.bounds import BOUNDS
 from cortexstream.parity.fingerprint import Fingerprint
 from cortexstream.parity.trial import Trial
@@ -80,30 +80,11 @@ class Record:
         return cls(origin, fingerprint, vocab_size, trials)
 
 
-def check_path(path: Path) -> None:
-    """Raise InvalidRequestError if no file of this name can be made, before the work that would fill it."""
-    folder = path.parent
-    if not folder.is_dir():
-        raise InvalidRequestError("record", f"{path} cannot be written: the folder {folder} does not exist; make it")
-    if path.is_dir():
-        raise InvalidRequestError("record", f"{path} is a folder; name a file")
-    if not os.access(folder, os.W_OK):
-        raise InvalidRequestError("record", f"{path} cannot be written: the folder {folder} may not be written to")
-
-
 def save(path: Path, record: Record) -> int:
     """Write a file, whole or not at all; returns its bytes. Raises InvalidRequestError if the system refuses."""
     content = record.as_json()
     data = _compact({"format": FORMAT, "sha256": _checksum(content), "record": content})
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        try:
-            partial.write_bytes(data)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise InvalidRequestError("record", f"{path} cannot be written: {error.strerror or error}") from error
+    write_whole("record", path, data)
     return len(data)
 
 

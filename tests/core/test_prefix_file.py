@@ -91,7 +91,7 @@ def test_refused_prefixes_leave_nothing_behind(tmp_path: Path) -> None:
             with pytest.raises(InvalidRequestError, match=words):
                 llm.save_prefix({"prompt_token_ids": tokens}, path)
         assert not path.exists()
-        with pytest.raises(InvalidRequestError, match="there is no folder"):
+        with pytest.raises(InvalidRequestError, match="nowhere does not exist; make it"):
             llm.save_prefix({"prompt_token_ids": PROMPT}, tmp_path / "nowhere" / "p")
         assert llm.save_prefix({"prompt_token_ids": PROMPT}, path) == 50
         data = path.read_bytes()

@@ -31,7 +31,7 @@ LAYERS = """
     backend
     plan
     outputs
-    request config
+    request config files
     errors
 """
 """What is directly in cortexstream/, top to bottom. A line may import lower lines; a package also itself."""
