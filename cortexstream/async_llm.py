@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -75,7 +76,9 @@ class AsyncLLM:
 
         params = sampling_params or SamplingParams()
         request_id = request_id or uuid.uuid4().hex
-        generation = self.llm.submit(prompt, params, request_id=request_id, listener=listener)
+        submit = partial(self.llm.submit, prompt, params, request_id=request_id, listener=listener)
+        # A grammar may take seconds to compile; the loop serves others meanwhile.
+        generation = submit() if params.structure is None else await asyncio.to_thread(submit)
         self._running[generation.request_id] = generation
         unfinished = params.n
         try:

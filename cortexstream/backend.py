@@ -92,6 +92,8 @@ class BackendInfo:
     dtype: str
     memory_share: float = 0.8  # of memory_bytes for KV, unless the caller says otherwise
     notes: tuple[str, ...] = ()  # fallbacks in force, each one sentence; `doctor` prints them
+    batch_invariant: bool = False  # are tokens and logprobs the same bits whoever shares a step, and however it is cut?
+    invariance: str = ""  # what of that holds here and why, or why not; one sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ class BackendOptions:
     block_tokens: int | None = None  # None: the backend's own choice
     kv_layout: Literal["run", "paged"] | None = None  # None: the backend's own choice
     kv_dtype: Literal["auto", "int8", "int4"] = "auto"  # auto: like dtype
+    batch_invariant: bool | None = None  # None: where it costs little; what came of it is in `BackendInfo`
     extra: dict[str, Any] = field(default_factory=dict)  # options that only one backend knows
 
 

@@ -11,6 +11,7 @@ CortexStreamError
 │   ├── CacheIndexError      (IndexError)    no such layer or batch entry in a KV cache
 │   ├── CacheValueError      (ValueError)    a number, shape, dtype or library that a KV cache cannot take
 │   └── CacheMemoryError     (MemoryError)   the memory for a KV cache could not be had
+├── ConstraintError          (RuntimeError)  a grammar cannot go on; ends the request that it belongs to
 └── EngineError              (RuntimeError)  the engine is closed, or a step failed on the device
 """
 
@@ -74,6 +75,10 @@ class CacheValueError(ArenaError, ValueError):
 
 class CacheMemoryError(ArenaError, MemoryError):
     """The memory for a KV cache could not be had; the message has the bytes."""
+
+
+class ConstraintError(CortexStreamError, RuntimeError):
+    """A grammar cannot go on: it grew too complex, or it does not allow what was drawn."""
 
 
 class EngineError(CortexStreamError, RuntimeError):

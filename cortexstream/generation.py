@@ -5,8 +5,10 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from cortexstream.completion import Completion
+from cortexstream.constraint import Constraint
 from cortexstream.engine import EngineThread
 from cortexstream.engine.core import Sink
 from cortexstream.errors import EngineError
@@ -28,11 +30,16 @@ class Generation:
     def __init__(
         self, engine: EngineThread, tokenizer: Tokenizer | None, prompt: str | None, prompt_token_ids: tuple[int, ...],
         sampling: SamplingParams, request_id: str | None = None, listener: Listener | None = None,
+        constraint: Constraint | None = None,
     ) -> None:  # fmt: skip
         self._engine = engine
         self._prompt = prompt
         self._prompt_token_ids = prompt_token_ids
-        self._requests = [engine.request(prompt_token_ids, sampling, index) for index in range(sampling.n)]
+        later = sampling if sampling.prompt_logprobs is None else replace(sampling, prompt_logprobs=None)
+        self._requests = [  # the prompt's logprobs are the same for all completions
+            engine.request(prompt_token_ids, later if index else sampling, index, constraint)
+            for index in range(sampling.n)
+        ]
         self.request_id = request_id if request_id is not None else str(self._requests[0].id)
         self._completions = [Completion(i, sampling, tokenizer, prompt_token_ids) for i in range(sampling.n)]
         self._chunks: queue.SimpleQueue[StreamChunk] = queue.SimpleQueue()
@@ -62,8 +69,9 @@ class Generation:
         """A snapshot of everything so far."""
         with self._lock:
             outputs = tuple(completion.output() for completion in self._completions)
-            cached = self._completions[0].num_cached_tokens
-        return RequestOutput(self.request_id, self._prompt, self._prompt_token_ids, outputs, cached)
+            first = self._completions[0]
+            cached, scores = first.num_cached_tokens, first.prompt_logprobs
+        return RequestOutput(self.request_id, self._prompt, self._prompt_token_ids, outputs, cached, scores)
 
     def result(self, timeout_s: float | None = None) -> RequestOutput:
         """Wait for the end. Raises TimeoutError (the generation goes on) if it takes longer."""

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from cortexstream import platform, prefix_file
 from cortexstream.backend import BackendInfo, BackendOptions, ModelInfo, WarmupReport
 from cortexstream.config import EngineConfig
+from cortexstream.constraint import Constraint
 from cortexstream.engine import EngineStats, EngineThread
 from cortexstream.engine.private import export_prefix, import_prefix
 from cortexstream.errors import InvalidRequestError, shown
 from cortexstream.files import check_path, write_whole
 from cortexstream.generation import Generation, Listener
 from cortexstream.kv import picture
+from cortexstream.limits import Limits
 from cortexstream.models import resolve_model
 from cortexstream.outputs import RequestOutput, StreamChunk
 from cortexstream.progress import progress, wanted
 from cortexstream.prompts import Prompt, Prompts, as_list, tokenize
 from cortexstream.request import SamplingParams
-from cortexstream.scheduler import Limits
+from cortexstream.structured import GrammarSource
 from cortexstream.text.chat import render_chat
 from cortexstream.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from cortexstream.text.grammar import Grammars
 
 POLL_S = 0.1  # how often a wait looks up, so that an interrupt is noticed
 
@@ -64,14 +71,21 @@ class LLM:
         self.tokenizer: Tokenizer | None = None
         if not skip_tokenizer_init and folder is not None:
             self.tokenizer = Tokenizer.from_folder(folder if tokenizer is None else resolve_model(tokenizer))
+        self._grammars: Grammars | None = None
+        self._grammars_lock = threading.Lock()
+        draft = self._draft_folder()
         created = BackendOptions(
             model=None if folder is None else str(folder), dtype=self.config.dtype,
             max_num_seqs=self.config.max_num_seqs, block_tokens=self.config.block_tokens,
-            kv_layout=self.config.kv_layout, kv_dtype=self.config.kv_dtype, extra=extra,
+            kv_layout=self.config.kv_layout, kv_dtype=self.config.kv_dtype,
+            batch_invariant=self.config.batch_invariant, extra=extra,
         )  # fmt: skip
         with progress(f"loading {folder.name if folder else 'null'} on {self.backend_name}", None, wanted(use_tqdm)):
             name = self.backend_name  # the thread must not keep this object alive
-            self._engine = EngineThread(lambda: platform.load(name, created), self.config)
+            self._engine = EngineThread(
+                lambda: platform.load(name, created), self.config,
+                None if draft is None else lambda: platform.load(name, replace(created, model=draft)),
+            )  # fmt: skip
         weakref.finalize(self, self._engine.close)
 
     @property
@@ -202,6 +216,11 @@ class LLM:
         prefix = prefix_file.load(path, self._origin())
         return self._engine.call(lambda core: import_prefix(core, prefix.tokens, prefix.layers))
 
+    def _draft_folder(self) -> str | None:
+        """Of the model that guesses ahead, if the options name one."""
+        asked = self.config.speculative
+        return None if asked is None or asked.model is None else str(resolve_model(asked.model))
+
     def _origin(self) -> prefix_file.Origin:
         return prefix_file.Origin(
             prefix_file.checkpoint_id(self.folder), prefix_file.kind_of_numbers(self.info, self.model)
@@ -270,7 +289,19 @@ class LLM:
         if sampling.stop and self.tokenizer is None:
             raise InvalidRequestError("stop", "needs a tokenizer; use stop_token_ids with skip_tokenizer_init")
         text, ids = tokenize(prompt, self.tokenizer)
-        return Generation(self._engine, self.tokenizer, text, ids, sampling, request_id, listener)
+        constraint = None if sampling.structure is None else self._constraint(sampling.structure)
+        return Generation(self._engine, self.tokenizer, text, ids, sampling, request_id, listener, constraint)
+
+    def _constraint(self, structure: GrammarSource) -> Constraint:
+        """The compiled grammar. Raises InvalidRequestError if it cannot be met, or is too large."""
+        from cortexstream.text.grammar import Grammars
+
+        with self._grammars_lock:
+            if self._grammars is None:
+                self._grammars = Grammars(
+                    self._need_tokenizer(structure.field), self.model.vocab_size, self.model.eos_token_ids
+                )
+        return self._grammars.compile(structure)
 
     def _need_tokenizer(self, field: str) -> Tokenizer:
         if self.tokenizer is None:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """Natural log of a token's probability under the model's raw distribution."""
+    """Natural log of a token's probability: under the model's raw distribution, if `logprobs_mode` says no other."""
 
     logprob: float
     rank: int | None  # 1 is the likeliest; None for a drawn token that is not among the reported top
+
+
+class TokenMetadata(NamedTuple):
+    """What the draw of a token was like."""
+
+    entropy: float  # of the model's own distribution, in nats
+    chosen_prob: float  # of the token in the distribution that it was drawn from; 1 for a greedy draw
+    num_filtered: int  # tokens of the vocabulary that could not be drawn: banned, masked, or filtered out
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +34,7 @@ class CompletionOutput:
     finish_reason: str | None  # "stop", "length", "abort", "error"; None while it runs
     stop_reason: str | int | None = None
     error: str | None = None  # why, when finish_reason is "error"
+    sampling_metadata: tuple[TokenMetadata, ...] | None = None  # one per token, if it was asked for
 
     @property
     def finished(self) -> bool:
@@ -40,6 +50,9 @@ class RequestOutput:
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
     num_cached_tokens: int = 0  # of the prompt: not computed, because they were for an earlier request
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
+    """If asked for, one per token of the prompt: the token itself and the k likeliest in its place. The first is None,
+    as nothing comes before it. None until the first token is drawn."""
 
     @property
     def finished(self) -> bool:

@@ -7,7 +7,11 @@ takes 2.7 times as long to build (docs/log.md, "Named tuples").
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
+
+from cortexstream.constraint import Mask
+from cortexstream.outputs import TokenMetadata
 
 PENDING = -1
 """Stands for a token that is not known yet: what this sequence drew in the step submitted just before."""
@@ -33,10 +37,27 @@ class SampleSpec(NamedTuple):
     output_tokens: tuple[int, ...] = ()  # same; the last may be PENDING
     logit_bias: tuple[tuple[int, float], ...] = ()
     banned: tuple[int, ...] = ()  # token ids that must not be drawn now
+    mask: Callable[[], Mask] | None = None
+    """Gives the words of `cortexstream.constraint.Mask`; None: everything may be drawn. A backend calls it once, after
+    it has queued the forward pass, so that a grammar works while the device does."""
+    processed: bool = False  # logprobs are of the distribution that was drawn from, not of the model's own
+    metadata: bool = False  # report `TokenMetadata`, too
 
     @property
     def penalised(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def needs_logits(self) -> bool:
+        """Is what is reported computed on the host, from all of the row's logits?"""
+        return self.metadata or (self.processed and self.logprobs is not None)
+
+
+class Score(NamedTuple):
+    """Which of a prompt's logprobs a row tells: `targets[i]` is the token that follows the row's token i."""
+
+    targets: tuple[int, ...]
+    logprobs: int  # so many of the likeliest at every position, beside the target's own
 
 
 class KVRows(NamedTuple):
@@ -56,14 +77,25 @@ class KVRows(NamedTuple):
 
 
 class PlanRow(NamedTuple):
-    """One sequence's part of a step: feed `tokens` from position `start`, then draw if `sample` is given."""
+    """One sequence's part of a step: feed `tokens` from position `start`, then draw if `sample` is given.
+
+    With `drafts` the last 1 + len(drafts) tokens are guesses but for the first of them, and each draws: the draw after
+    a guess counts only if the one before it drew that guess. Such a row has no PENDING.
+    """
 
     seq_id: int
     slot: int  # stable small number while the sequence runs; indexes per-sequence state on the device
     tokens: tuple[int, ...]  # PENDING may stand only last
     start: int  # position of tokens[0]
     kv: KVRows  # covers positions 0 .. start + len(tokens)
-    sample: SampleSpec | None  # None: a chunk of the prompt that is not the last
+    sample: SampleSpec | None  # of the draw after the last token; None: a chunk of the prompt that is not the last
+    drafts: tuple[SampleSpec, ...] = ()  # of the draws after the tokens before the last; `sample` is given then
+    score: Score | None = None
+
+    @property
+    def draws(self) -> tuple[SampleSpec, ...]:
+        """Of the last len(draws) tokens, in order of position."""
+        return (*self.drafts, self.sample) if self.sample is not None else ()
 
 
 class Move(NamedTuple):
@@ -121,21 +153,37 @@ class StepPlan(NamedTuple):
 
 
 class RowResult(NamedTuple):
-    """What one sampling row drew. Logprobs are natural logs of the model's raw distribution, before any processing."""
+    """One draw. Logprobs are natural logs, of the model's raw distribution unless `SampleSpec.processed`."""
 
     seq_id: int
     token: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first
     error: str | None = None  # this row alone failed (NaN logits, say); `token` means nothing then
+    metadata: TokenMetadata | None = None
+
+
+class TokenScore(NamedTuple):
+    """How likely the model found one token of a prompt: natural logs of its raw distribution."""
+
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...]
+
+
+class RowScores(NamedTuple):
+    """One entry per target of a row's `Score`."""
+
+    seq_id: int
+    scores: tuple[TokenScore, ...]
 
 
 class StepResult(NamedTuple):
-    """One entry per plan row whose `sample` is not None, in the order of the plan."""
+    """`rows` has one entry per draw, in the order of the plan; `scores` one per row with a `Score`."""
 
     step: int
     rows: tuple[RowResult, ...]
     swap_s: float = 0.0  # what the plan's SwapOut and SwapIn took, in seconds
+    scores: tuple[RowScores, ...] = ()
 
 
 def ring_tokens(window: int, block_tokens: int) -> int:

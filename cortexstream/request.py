@@ -8,13 +8,17 @@ import operator
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
-from cortexstream.errors import InvalidRequestError
+from cortexstream.constraint import Constraint
+from cortexstream.errors import InvalidRequestError, shown
+from cortexstream.presets import PRESETS
+from cortexstream.structured import GrammarSource, grammar_source
 
 MAX_N = 128
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs")
 MAX_SEED = 2**64 - 1
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 1000.0  # beyond, float32 logits divided by it overflow or vanish
 
@@ -32,14 +36,18 @@ class FinishReason(enum.StrEnum):
 class SamplingParams:
     """How to draw a completion. Names and meanings are vLLM's.
 
-    Order of operations: logit_bias and banned tokens, penalties, temperature, min_p, top_k, top_p, draw
+    Order of operations: logit_bias, banned tokens and grammar, penalties, temperature, min_p, top_k, top_p, draw
     (`cortexstream.sampling` is the definition). Raises InvalidRequestError for a value out of its range, TypeError for
     an unknown name.
+
+    At most one of `response_format`, `regex`, `choice` and `grammar` says what the text must be
+    (`cortexstream.structured`); the text ends when nothing can follow, before `min_tokens` if need be, and is cut off
+    by `max_tokens`.
     """
 
     n: int = 1  # completions per prompt, 1..128
     max_tokens: int = 256  # at least 1
-    min_tokens: int = 0  # so many come before any end-of-sequence, stop token or stop string; at most max_tokens
+    min_tokens: int = 0  # so many come before any end-of-sequence or stop token, or the end of a stop string
     temperature: float = 1.0  # 0, or 0.001..1000; 0 takes the likeliest token, the lowest id among equals
     top_p: float = 1.0  # (0, 1]
     top_k: int = 0  # 0 and -1 are off
@@ -54,7 +62,20 @@ class SamplingParams:
     presence_penalty: float = 0.0  # [-2, 2], over output
     frequency_penalty: float = 0.0  # [-2, 2], over output
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> [-100, 100]
+    allowed_token_ids: Sequence[int] | None = None  # nothing else is drawn
+    bad_token_ids: Sequence[int] = ()  # never drawn
     logprobs: int | None = None  # 0..20: the drawn token's logprob and so many of the likeliest
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
+    """Of which distribution `logprobs` are: the model's own, or the one that is drawn from, after bias, grammar,
+    penalties, temperature and filters. Greedy draws are from the former after bias, grammar and penalties."""
+    prompt_logprobs: int | None = None  # 0..20: the same for the prompt's tokens, always of the model's distribution;
+    # such a prompt is computed whole, whatever is known of it
+    sampling_metadata: bool = False  # report entropy, probability and number of filtered tokens of every draw
+    response_format: Any = None  # OpenAI's: {"type": "json_object"}, {"type": "json_schema", "json_schema": {...}}
+    regex: str | None = None  # the whole text matches it
+    choice: Sequence[str] | None = None  # the text is one of these
+    grammar: str | None = None  # in Lark's notation
+    structure: GrammarSource | None = field(init=False, default=None)  # which of the four it is, checked
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -65,17 +86,22 @@ class SamplingParams:
         if not isinstance(self.logit_bias, Mapping):
             raise InvalidRequestError("logit_bias", "must map token ids to numbers")
         put(self, "logit_bias", {_int("logit_bias", k): _float("logit_bias", v) for k, v in self.logit_bias.items()})
-        for name in ("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs"):
+        ids = self.bad_token_ids
+        put(self, "bad_token_ids", () if ids is None else _items("bad_token_ids", ids, int))
+        if self.allowed_token_ids is not None:
+            put(self, "allowed_token_ids", _items("allowed_token_ids", self.allowed_token_ids, int))
+        for name in ("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            if value is not None or name not in ("seed", "logprobs"):
+            if value is not None or name not in ("seed", "logprobs", "prompt_logprobs"):
                 put(self, name, _int(name, value))
         if self.top_k == -1:
             put(self, "top_k", 0)
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             put(self, name, _float(name, getattr(self, name)))
-        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "sampling_metadata"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(name, f"is {getattr(self, name)!r}; must be True or False")
+        put(self, "structure", grammar_source(self.response_format, self.regex, self.choice, self.grammar))
         self._check_ranges()
 
     def _check_ranges(self) -> None:
@@ -94,8 +120,16 @@ class SamplingParams:
         _in_range("repetition_penalty", self.repetition_penalty, 0.01, 10.0)
         if self.seed is not None:
             _in_range("seed", self.seed, 0, MAX_SEED)
-        if self.logprobs is not None:
-            _in_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _in_range(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if self.logprobs_mode not in LOGPROBS_MODES:
+            words = " or ".join(repr(mode) for mode in LOGPROBS_MODES)
+            raise InvalidRequestError("logprobs_mode", f"is {shown(self.logprobs_mode)}; must be {words}")
+        if self.allowed_token_ids is not None and not set(self.allowed_token_ids) - set(self.bad_token_ids):
+            raise InvalidRequestError(
+                "allowed_token_ids", "leaves no token to draw; allow at least one that bad_token_ids does not have"
+            )
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidRequestError("stop", f"has {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed")
         if any(not s for s in self.stop):
@@ -104,9 +138,17 @@ class SamplingParams:
             _in_range("logit_bias", bias, -100.0, 100.0, of=f"token {token}")
 
     @classmethod
+    def preset(cls, name: str, **changes: Any) -> SamplingParams:
+        """The parameters of `cortexstream.presets.PRESETS[name]`, with changes: preset("creative", max_tokens=99)."""
+        if name not in PRESETS:
+            raise InvalidRequestError("preset", f"is {shown(name)}; must be one of {', '.join(PRESETS)}")
+        values: dict[str, Any] = {**PRESETS[name], **changes}
+        return cls(**values)
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
         """Like `SamplingParams(**values)`; an unknown name is an InvalidRequestError."""
-        known = {f.name for f in fields(cls)}
+        known = {f.name for f in fields(cls) if f.init}
         for name in values:
             if name not in known:
                 raise InvalidRequestError(name, f"unknown sampling parameter; known are {', '.join(sorted(known))}")
@@ -166,6 +208,7 @@ class Request:
     sampling: SamplingParams
     seed: int  # resolved: sampling.seed, or drawn by the engine
     index: int = 0  # which of the prompt's n completions
+    constraint: Constraint | None = None  # what `sampling.structure` asks for, ready for use
     arrival_s: float = field(default_factory=time.time)  # seconds since the epoch
 
     def __post_init__(self) -> None:

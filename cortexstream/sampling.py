@@ -12,9 +12,13 @@ draws instead of 5 to 16 %.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
+from cortexstream.constraint import Mask
+from cortexstream.outputs import TokenMetadata
 from cortexstream.plan import SampleSpec
 
 Floats = npt.NDArray[np.float32]
@@ -23,35 +27,43 @@ Ints = npt.NDArray[np.uint32]
 PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 PHILOX_ROUNDS = 10
+WORD = 0xFFFFFFFF
 
 
-def philox(seed: int, counter: tuple[Ints, Ints, Ints, Ints]) -> tuple[Ints, Ints, Ints, Ints]:
+def philox(
+    seed: int | npt.NDArray[np.uint64], counter: tuple[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike, npt.ArrayLike]
+) -> tuple[Ints, Ints, Ints, Ints]:
     """Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
-    `seed` is the 64-bit key, low word first; the four counter words are uint32 arrays of one shape. Returns four such.
+    `seed` is the 64-bit key, low word first. It and the four words of the counter, integers of 32 bits, broadcast
+    against each other. Returns four uint32 arrays.
     """
-    c0, c1, c2, c3 = (np.asarray(c, np.uint64) for c in counter)
-    low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    word = np.uint64(0xFFFFFFFF)
-    shift = np.uint64(32)
+    words: list[Any] = [np.asarray(word, np.uint64) for word in counter]
+    c0, c1, c2, c3 = words
+    low, high = seed & WORD, seed >> 32 & WORD
     for _ in range(PHILOX_ROUNDS):
-        p0, p1 = c0 * np.uint64(PHILOX_M[0]), c2 * np.uint64(PHILOX_M[1])
-        c0, c2 = (p1 >> shift) ^ c1 ^ np.uint64(low), (p0 >> shift) ^ c3 ^ np.uint64(high)
-        c1, c3 = p1 & word, p0 & word
-        low, high = (low + PHILOX_W[0]) & 0xFFFFFFFF, (high + PHILOX_W[1]) & 0xFFFFFFFF
+        p0, p1 = c0 * PHILOX_M[0], c2 * PHILOX_M[1]
+        c0, c2 = (p1 >> 32) ^ (c1 ^ low), (p0 >> 32) ^ (c3 ^ high)
+        c1, c3 = p1 & WORD, p0 & WORD
+        low, high = (low + PHILOX_W[0]) & WORD, (high + PHILOX_W[1]) & WORD
     return c0.astype(np.uint32), c1.astype(np.uint32), c2.astype(np.uint32), c3.astype(np.uint32)
 
 
 def noise(seed: int, position: int, index: int, vocab_size: int) -> Floats:
     """Gumbel(0, 1) noise for every token id, float32 [vocab_size].
 
-    Bits: Philox with counter (id // 4, position, index, 0), lane id % 4. Then u = (bits + 1/2) / 2^32 in float32, kept
-    below 1, and noise = -log(-log1p(-u)): small u, where the large noise is, keeps all 32 bits.
+    Bits: Philox with counter (id // 4, position, index, 0), lane id % 4.
     """
-    counter = np.arange(-(-vocab_size // 4), dtype=np.uint32)
-    zero = np.zeros_like(counter)
-    lanes = philox(seed, (counter, zero + np.uint32(position), zero + np.uint32(index), zero))
-    bits = np.stack(lanes, axis=1).reshape(-1)[:vocab_size]
+    lanes = philox(seed, (np.arange(-(-vocab_size // 4)), position, index, 0))
+    return gumbel(np.stack(lanes, axis=1).reshape(-1)[:vocab_size])
+
+
+def gumbel(bits: Ints) -> Floats:
+    """Gumbel(0, 1) noise from 32 random bits each, between -2.82 and 22.88.
+
+    u = (bits + 1/2) / 2^32 in float32, kept below 1, and noise = -log(-log1p(-u)): small u, where the large noise is,
+    keeps all 32 bits.
+    """
     u = bits.astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)
     u = np.minimum(u, np.float32(1 - 2.0**-24))
     result: Floats = -np.log(-np.log1p(-u))
@@ -59,22 +71,40 @@ def noise(seed: int, position: int, index: int, vocab_size: int) -> Floats:
 
 
 def draw(logits: Floats, spec: SampleSpec, position: int) -> int:
-    """The token that `spec` draws for `position` from float32 logits [vocab_size]."""
-    z = penalise(bias(logits.astype(np.float32), spec), spec)
+    """The token that `spec` draws for `position` from float32 logits [vocab_size].
+
+    Defined where `bias` leaves a finite maximum: without NaN and +inf, and with one finite logit at least. Backends
+    look first and draw nothing from other rows. Those that draw many rows on the host use
+    `backends.common.fast_draw`, which gives the same tokens.
+    """
+    z = process(logits, spec)
     if spec.temperature == 0.0:
         return int(np.argmax(z))
-    z = keep(z / np.float32(spec.temperature), spec)
     return int(np.argmax(z + noise(spec.seed, position, spec.sample_index, len(z))))
 
 
+def process(logits: Floats, spec: SampleSpec) -> Floats:
+    """Everything but the draw: float32 [vocab_size], -inf where a token cannot be drawn."""
+    z = penalise(bias(logits.astype(np.float32), spec), spec)
+    return z if spec.temperature == 0.0 else keep(z / np.float32(spec.temperature), spec)
+
+
 def bias(z: Floats, spec: SampleSpec) -> Floats:
-    """Add the logit bias; banned tokens become -inf."""
+    """Add the logit bias; banned tokens, and those outside of the mask, become -inf."""
     if spec.logit_bias or spec.banned:
         z = z.copy()
         for token, value in spec.logit_bias:
             z[token] += np.float32(value)
         z[list(spec.banned)] = -np.inf
+    if spec.mask is not None:
+        z = np.where(unpack(spec.mask(), len(z)), z, np.float32(-np.inf))
     return z
+
+
+def unpack(mask: Mask, vocab_size: int) -> npt.NDArray[np.bool_]:
+    """A mask's bits as bool [vocab_size]."""
+    bits = np.unpackbits(mask.astype("<u4", copy=False).view(np.uint8), count=vocab_size, bitorder="little")
+    return bits.view(np.bool_)
 
 
 def penalise(z: Floats, spec: SampleSpec) -> Floats:
@@ -97,19 +127,42 @@ def keep(z: Floats, spec: SampleSpec) -> Floats:
         z = np.where(z >= z.max() + np.float32(np.log(spec.min_p)), z, -np.inf).astype(np.float32)
     if 0 < spec.top_k < len(z):
         z = np.where(z >= np.partition(z, -spec.top_k)[-spec.top_k], z, -np.inf).astype(np.float32)
-    if spec.top_p < 1.0:
-        descending = -np.sort(-z)
-        p = np.exp(descending - descending[0])
-        p /= p.sum(dtype=np.float32)
-        before = np.cumsum(p, dtype=np.float32) - p  # what the likelier tokens already hold
-        count = int(np.count_nonzero(before < np.float32(spec.top_p)))
-        last = descending[max(count, 1) - 1]  # a top_p below 1e-45 is 0 in float32
+    alive = z[z > -np.inf]
+    if spec.top_p < 1.0 and len(alive):  # a low temperature may take all that is very negative to -inf
+        descending = -np.sort(-alive)
+        mass = np.exp(alive - descending[0]).sum(dtype=np.float32)
+        held = np.cumsum(np.exp(descending - descending[0]) / mass, dtype=np.float32)
+        last = descending[np.count_nonzero(held[:-1] < np.float32(spec.top_p))]
         z = np.where(z >= last, z, -np.inf).astype(np.float32)
     return z
 
 
+class Description(NamedTuple):
+    """What is told about a drawn token; fields as in `cortexstream.plan.RowResult`."""
+
+    logprob: float | None
+    top_logprobs: tuple[tuple[int, float], ...]
+    metadata: TokenMetadata | None
+
+
+def describe(logits: Floats, spec: SampleSpec, token: int) -> Description:
+    """What `spec` wants to know of a token that was drawn from float32 logits [vocab_size]."""
+    raw = log_softmax(logits)
+    processed = log_softmax(process(logits, spec)) if spec.needs_logits else raw
+    logprobs = processed if spec.processed else raw
+    metadata = None
+    if spec.metadata:
+        held = np.exp(raw)
+        entropy = -float(np.sum(held * np.where(held > 0.0, raw, 0.0), dtype=np.float32))
+        chosen = 1.0 if spec.temperature == 0.0 else float(np.exp(processed[token]))
+        metadata = TokenMetadata(entropy, chosen, int(np.count_nonzero(np.isneginf(processed))))
+    if spec.logprobs is None:
+        return Description(None, (), metadata)
+    return Description(float(logprobs[token]), top_logprobs(logprobs, spec.logprobs), metadata)
+
+
 def log_softmax(logits: Floats) -> Floats:
-    """Natural log of the raw distribution, float32 [vocab_size]."""
+    """Natural log of the distribution that logits stand for, float32 [vocab_size]."""
     z = logits.astype(np.float32) - logits.max()
     result: Floats = z - np.log(np.exp(z).sum(dtype=np.float32))
     return result

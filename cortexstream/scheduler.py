@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 from cortexstream.errors import ArenaFullError, EngineError, InvalidRequestError
 from cortexstream.kv import KVArena, KVHandle
 from cortexstream.kv.prefix import common_prefix
-from cortexstream.plan import PlanRow, RowResult, StepPlan, StepResult
+from cortexstream.limits import Limits, check_request
+from cortexstream.outputs import TokenMetadata
+from cortexstream.plan import PlanRow, RowResult, StepPlan, StepResult, TokenScore
 from cortexstream.request import FinishReason, Request
 from cortexstream.sequence import Sequence
+from cortexstream.speculation import Drafter, Speculation, accepted
 from cortexstream.swap import SwapPolicy
 
 SPARE = 0.02
@@ -30,18 +33,18 @@ class TokenEvent(NamedTuple):
     finish: FinishReason | None
     error: str | None = None
     num_cached_tokens: int = 0  # of the prompt: not computed for this request, because they were for another
+    stops: bool = False  # `token` ends the text and is no part of it
+    metadata: TokenMetadata | None = None
+    prompt_scores: tuple[TokenScore, ...] | None = None  # of the prompt from its second token on, if asked for
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the scheduler must know about the model and the step."""
+class InFlight(NamedTuple):
+    """A planned step whose result is not known."""
 
-    vocab_size: int
-    max_tokens: int  # longest sequence, prompt and output together
-    reason: str  # what set max_tokens, for error messages: "the model's context is 2048 tokens"
-    eos_token_ids: frozenset[int]
-    max_num_seqs: int
-    max_batched_tokens: int  # tokens of one step
+    step: int
+    drawing: list[Sequence]  # in the order of its rows
+    drafts: dict[int, tuple[int, ...]]  # what the rows of some of them guess, by their ids
+    scored: list[tuple[Sequence, int]]  # of which prompt logprobs come, and where their rows start
 
 
 class Scheduler:
@@ -51,21 +54,30 @@ class Scheduler:
     allows. When the arena is full the youngest sequence gives its blocks up and goes back to the head of the queue; it
     is computed again, or brought back from host memory if `swap` says so, once another has finished, and draws the same
     tokens. What was computed for one sequence serves all that begin alike; one whose beginning is being computed for
-    another waits for that. `plan` may be called while one earlier plan is not committed yet.
+    another waits for that. `plan` may be called while one earlier plan is not committed yet, but not while
+    `waits_for_draws`.
+
+    With a `drafter`, decoding sequences guess ahead as far as tokens of the step and blocks are to spare: guesses delay
+    no prompt and preempt nobody.
     """
 
-    def __init__(self, arena: KVArena, limits: Limits, swap: SwapPolicy | None = None, spare: float = SPARE) -> None:
+    def __init__(
+        self, arena: KVArena, limits: Limits, swap: SwapPolicy | None = None, spare: float = SPARE,
+        drafter: Drafter | None = None,
+    ) -> None:  # fmt: skip
         self.arena = arena
         self.limits = limits
         self.swap = swap
         self._spare_blocks = int(arena.num_blocks * spare)
         self.preemptions = 0
         self.swaps = 0  # of those, by copying to host memory
+        self.speculation = None if drafter is None else Speculation(drafter, arena)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # oldest first
         self._by_id: dict[int, Sequence] = {}
         self._slots = list(range(limits.max_num_seqs - 1, -1, -1))
-        self._in_flight: deque[tuple[int, list[Sequence]]] = deque()  # steps, and who draws in each
+        self._in_flight: deque[InFlight] = deque()
+        self._dependent = 0  # sequences, waiting ones too, whose next row depends on what they drew
         self._step = 0
         self._refused = (-1, -1)  # who did not fit, and the state of the arena then
         self._hold = False  # no admissions: a sequence was preempted and none has finished since
@@ -82,6 +94,11 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._waiting or self._running or self._in_flight)
 
+    @property
+    def waits_for_draws(self) -> bool:
+        """A sequence is in flight whose next row depends on what it draws: commit before the next plan."""
+        return self._dependent > 0 and any(s.waits_for_draws for step in self._in_flight for s in step.drawing)
+
     def get(self, request_id: int) -> Sequence | None:
         """The sequence of a request that is waiting or running; None when it is unknown or finished."""
         return self._by_id.get(request_id)
@@ -92,8 +109,11 @@ class Scheduler:
             raise InvalidRequestError("request_id", f"{request.id} is in use by a request that is not finished")
         check_request(request, self.limits)
         limit = min(len(request.prompt_token_ids) + request.sampling.max_tokens, self.limits.max_tokens)
-        sequence = Sequence(request, limit, self.limits.eos_token_ids)
+        sequence = Sequence(
+            request, limit, self.limits.eos_token_ids, self.limits.vocab_size, self.speculation is not None
+        )
         self._by_id[request.id] = sequence
+        self._dependent += sequence.waits_for_draws
         self._waiting.append(sequence)
 
     def abort(self, request_id: int, reason: FinishReason = FinishReason.ABORT) -> TokenEvent | None:
@@ -135,10 +155,40 @@ class Scheduler:
         """
         if len(self._in_flight) > 1:
             raise EngineError("two plans are in flight already; commit the older one first")
+        if self.waits_for_draws:
+            raise EngineError(f"step {self._in_flight[0].step} must be committed first: what follows depends on it")
         self._grow_running()
         self._admit_waiting()
-        rows: list[PlanRow] = []
-        sampled: list[Sequence] = []
+        decoding, prefilling = self._due()
+        budget = self.limits.max_batched_tokens
+        drafts: dict[int, tuple[int, ...]] = {}
+        if self.speculation is not None:
+            spare = budget - len(decoding) - sum(s.num_tokens - s.num_computed for s in prefilling)
+            drafts = self.speculation.guess(decoding, spare)
+        rows = [s.guessing_row(drafts[s.id]) if s.id in drafts else s.next_row(1) for s in decoding]
+        budget -= len(rows) + sum(map(len, drafts.values()))
+        planned = InFlight(self._step + 1, decoding, drafts, [])
+        for sequence in prefilling:
+            if not budget:
+                break
+            row = sequence.next_row(min(budget, sequence.num_tokens - sequence.num_computed))
+            rows.append(row)
+            budget -= len(row.tokens)
+            if row.sample is not None:
+                planned.drawing.append(sequence)
+            if row.score is not None:
+                planned.scored.append((sequence, row.start))
+            if self.arena.prefix_caching and sequence.handle is not None:
+                self.arena.publish(sequence.handle, sequence.computed)
+        moves = self.arena.take_moves()
+        if not rows and not moves:
+            return None
+        self._step += 1
+        self._in_flight.append(planned)
+        return StepPlan(self._step, tuple(rows), moves)
+
+    def _due(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Who decodes in this step, within its budget, and whose prompts are to be computed."""
         budget = self.limits.max_batched_tokens
         prefilling: list[Sequence] = []
         decoding: list[Sequence] = []
@@ -153,31 +203,12 @@ class Scheduler:
         if len(decoding) > budget - reserved:  # nobody waits for ever: who comes first goes round
             first = self._step % len(decoding)
             decoding = decoding[first:] + decoding[:first]
-        for sequence in decoding[: budget - reserved]:
-            rows.append(sequence.next_row(1))
-            sampled.append(sequence)
-        budget -= len(rows)
-        for sequence in prefilling:
-            if not budget:
-                break
-            row = sequence.next_row(min(budget, sequence.num_tokens - sequence.num_computed))
-            rows.append(row)
-            budget -= len(row.tokens)
-            if row.sample is not None:
-                sampled.append(sequence)
-            if self.arena.prefix_caching and sequence.handle is not None:
-                self.arena.publish(sequence.handle, sequence.computed)
-        moves = self.arena.take_moves()
-        if not rows and not moves:
-            return None
-        self._step += 1
-        self._in_flight.append((self._step, sampled))
-        return StepPlan(self._step, tuple(rows), moves)
+        return decoding[: budget - reserved], prefilling
 
     def private_plan(self, rows: Iterable[PlanRow]) -> StepPlan:
         """A step outside of the schedule, with the memory operations that wait; nothing may be in flight."""
         if self._in_flight:
-            raise EngineError(f"step {self._in_flight[0][0]} is in flight; commit it first")
+            raise EngineError(f"step {self._in_flight[0].step} is in flight; commit it first")
         self._step += 1
         return StepPlan(self._step, tuple(rows), self.arena.take_moves())
 
@@ -195,34 +226,77 @@ class Scheduler:
 
     def commit(self, result: StepResult) -> list[TokenEvent]:
         """Apply the outcome of the oldest plan in flight: append tokens, stop, release. Returns what happened."""
-        if not self._in_flight or self._in_flight[0][0] != result.step:
+        if not self._in_flight or self._in_flight[0].step != result.step:
             raise EngineError(f"step {result.step} is not the oldest in flight")
-        sampled = self._in_flight.popleft()[1]
-        if [s.id for s in sampled] != [row.seq_id for row in result.rows]:
-            raise EngineError(f"step {result.step}: the backend's results are not the plan's sampling rows in order")
-        events = []
-        for sequence, row in zip(sampled, result.rows, strict=True):
+        planned = self._in_flight.popleft()
+        drafts = planned.drafts
+        draws = (
+            [s.id for s in planned.drawing for _ in range(1 + len(drafts.get(s.id, ())))]
+            if drafts
+            else [s.id for s in planned.drawing]
+        )
+        if draws != [row.seq_id for row in result.rows] or [s.id for s, _ in planned.scored] != [
+            scored.seq_id for scored in result.scores
+        ]:
+            raise EngineError(f"step {result.step}: the backend's results are not the plan's draws and scores in order")
+        for (sequence, start), scored in zip(planned.scored, result.scores, strict=True):
+            if sequence.finish is None:
+                sequence.add_scores(start, scored)
+        events: list[TokenEvent] = []
+        rows = iter(result.rows)
+        for sequence, row in zip(planned.drawing, rows, strict=False):
+            drawn = [row, *islice(rows, len(drafts[sequence.id]))] if sequence.id in drafts else None
             sequence.draws_pending -= 1
-            if sequence.finish is None:  # else it was aborted, or had stopped: a dead row
-                events.append(self._apply(sequence, row))
+            if sequence.finish is not None:  # it was aborted, or had stopped: a dead row
+                continue
+            if drawn is not None:
+                events += self._take_guessed(sequence, drafts[sequence.id], drawn, result.step)
+            else:
+                events.append(self._take(sequence, row, result.step))
         return events
 
-    def _apply(self, sequence: Sequence, row: RowResult) -> TokenEvent:
-        if row.error is not None:
+    def _take_guessed(
+        self, sequence: Sequence, draft: tuple[int, ...], drawn: list[RowResult], step: int
+    ) -> list[TokenEvent]:  # fmt: skip
+        """The draws of a row with guesses: those up to the first that is not what it guessed, that one included."""
+        right = accepted(draft, (row.token if row.error is None else None for row in drawn))
+        if sequence.handle is not None:  # without a handle it was preempted, and is computed again
+            sequence.handle.rewind(sequence.handle.position - len(draft) + right)
+        events = []
+        for row in drawn[: right + 1]:
+            events.append(self._take(sequence, row, step))
+            if sequence.finish is not None:
+                break
+        if self.speculation is not None:
+            self.speculation.count(len(draft), len(events) - 1)
+        return events
+
+    def _take(self, sequence: Sequence, row: RowResult, step: int) -> TokenEvent:
+        """One draw."""
+        constrained = sequence.constrained
+        if row.error is not None or (constrained and not sequence.obeys(row.token)):
+            reason = sequence.constraint_error or row.error
             self._finish(sequence, FinishReason.ERROR)
-            self.arena.clear()  # numbers that are not finite may be in what others would reuse
-            return TokenEvent(row.seq_id, None, None, (), FinishReason.ERROR, row.error)
+            if sequence.constraint_error is None:
+                self.arena.clear()  # numbers that are not finite may be in what others would reuse
+            error = f"sequence {sequence.id}, step {step}: {reason}"
+            return TokenEvent(row.seq_id, None, None, (), FinishReason.ERROR, error)
         sequence.tokens.append(row.token)
         finish: FinishReason | None = None
-        if row.token in sequence.stop_ids:
+        stops = row.token in sequence.stop_ids
+        if stops or (constrained and sequence.text_is_whole):
             finish = FinishReason.STOP
         elif len(sequence.tokens) >= sequence.limit_tokens:
             finish = FinishReason.LENGTH
+        scores = None
+        if sequence.prompt_scores is not None and sequence.num_output == 1:
+            scores = tuple(sequence.prompt_scores)
         if finish is not None:
             self._finish(sequence, finish)
         return TokenEvent(
-            row.seq_id, row.token, row.logprob, row.top_logprobs, finish, num_cached_tokens=sequence.reused_tokens or 0
-        )
+            row.seq_id, row.token, row.logprob, row.top_logprobs, finish, None, sequence.reused_tokens or 0, stops,
+            row.metadata, scores,
+        )  # fmt: skip
 
     def _grow_running(self) -> None:
         """Give every decoding sequence room for its next token, oldest first; the youngest pay."""
@@ -261,7 +335,8 @@ class Scheduler:
         tokens, swapped = sequence.tokens, sequence.swapped_tokens
         spare = self._spare_blocks if self._running else 0
         if not swapped:  # the last token is always fed: its logits draw the next
-            return self.arena.admit(len(tokens), limit, tokens[:-1] if self.arena.prefix_caching else (), spare)
+            reuses = self.arena.prefix_caching and not sequence.wants_scores
+            return self.arena.admit(len(tokens), limit, tokens[:-1] if reuses else (), spare)
         handle = self.arena.admit(len(tokens), limit, (), spare)
         self.arena.swap_in(handle, sequence.id, swapped)
         self._forget_swapped(sequence)
@@ -269,7 +344,7 @@ class Scheduler:
 
     def _waits(self, sequence: Sequence) -> bool:
         """Is a running sequence about to compute what this one begins with? Then it is cheaper to wait for that."""
-        if not self.arena.prefix_caching or sequence.swapped_tokens:
+        if not self.arena.prefix_caching or sequence.swapped_tokens or sequence.wants_scores:
             return False
         for other in self._running:
             computed = other.num_computed
@@ -315,34 +390,6 @@ class Scheduler:
         if handle is not None:
             self.arena.release(handle, () if reason is FinishReason.ERROR else computed)
         del self._by_id[sequence.id]
-
-
-def check_request(request: Request, limits: Limits) -> None:
-    """Raise InvalidRequestError, with field, value and limit, if a request can never be served."""
-    prompt, sampling = request.prompt_token_ids, request.sampling
-    if not prompt:
-        raise InvalidRequestError("prompt", "is empty; it needs at least one token")
-    if len(prompt) >= limits.max_tokens:
-        raise InvalidRequestError(
-            "prompt",
-            f"has {len(prompt)} tokens; with one token of output at most {limits.max_tokens - 1} fit ({limits.reason})",
-        )
-    if len(prompt) + sampling.min_tokens > limits.max_tokens:
-        raise InvalidRequestError(
-            "min_tokens",
-            f"is {sampling.min_tokens}; after a prompt of {len(prompt)} tokens at most "
-            f"{limits.max_tokens - len(prompt)} fit ({limits.reason})",
-        )
-    if sampling.min_tokens and len(limits.eos_token_ids.union(sampling.stop_token_ids)) >= limits.vocab_size:
-        raise InvalidRequestError(
-            "stop_token_ids",
-            f"has all {limits.vocab_size} tokens of the vocabulary; with min_tokens {sampling.min_tokens} none is left",
-        )
-    for name, ids in (
-        ("prompt", prompt), ("stop_token_ids", sampling.stop_token_ids), ("logit_bias", sampling.logit_bias),
-    ):  # fmt: skip
-        for token in (min(ids, default=0), max(ids, default=0)):
-            if not 0 <= token < limits.vocab_size:
-                raise InvalidRequestError(
-                    name, f"has token id {token}; the vocabulary has ids 0 to {limits.vocab_size - 1}"
-                )
+        self._dependent -= sequence.waits_for_draws
+        if self.speculation is not None:
+            self.speculation.drafter.forget(sequence.id)

@@ -174,12 +174,12 @@ def prefill(
 
 def append(
     heads: int, dim: int, *, fp8: bool = False, bits: int = 0, rope: int = 0, q_heads: int = 0, norm: bool = False,
-    tokens: int = 3,
+    tokens: int = 3, slots_of_pools: int = 64,
 ) -> Callable[[], None]:  # fmt: skip
     def launch() -> None:
         parts = torch.empty(tokens, (q_heads + 2 * heads) * dim, dtype=BRAIN)
         q, k, v = (x.unflatten(1, (-1, dim)) for x in parts.split([q_heads * dim, heads * dim, heads * dim], 1))
-        k_pool, v_pool = (pool(64, heads, dim, BRAIN, fp8, bits) for _ in range(2))
+        k_pool, v_pool = (pool(slots_of_pools, heads, dim, BRAIN, fp8, bits) for _ in range(2))
         slots = torch.zeros(tokens, dtype=torch.int32)
         if rope:
             weight, table = torch.empty(dim, dtype=BRAIN) if norm else None, torch.empty(99, rope)

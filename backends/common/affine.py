@@ -55,11 +55,14 @@ def packing_of(config: dict[str, Any], name: str) -> Packing | None:
     own = own if isinstance(own, dict) else settings
     mode, group_size, bits = own.get("mode", "affine"), own.get("group_size"), own.get("bits")
     if mode != "affine":
-        raise ModelLoadError(f"config.json: quantization mode {mode!r} of {name} cannot be read; only 'affine' can")
+        raise ModelLoadError(
+            f"config.json: quantization mode {mode!r} of {name} cannot be read; only 'affine' can, which "
+            f"mlx_lm.convert --quantize makes"
+        )
     if type(bits) is not int or type(group_size) is not int or bits not in BITS or group_size not in GROUP_SIZES:
         raise ModelLoadError(
             f"config.json: quantization of {name} has bits {bits!r} and group_size {group_size!r}; bits may be "
-            f"{BITS}, group_size {GROUP_SIZES}"
+            f"{BITS}, group_size {GROUP_SIZES}; quantise the original weights so"
         )
     return Packing(group_size, bits)
 
@@ -105,6 +108,11 @@ def dense_weights(weights: dict[str, Array], config: dict[str, Any]) -> dict[str
             )
         parts = [weights.pop(f"{name}.{part}", None) for part in ("weight", "scales", "biases")]
         packed, scales, biases = parts
+        if packed is not None and packed.ndim == 3:
+            raise ModelLoadError(
+                f"{name} holds packed weights of all experts of a layer, which only the mlx backend reads; use that, "
+                f"or the original weights"
+            )
         if packed is None or scales is None or biases is None or packed.dtype != np.uint32 or packed.ndim != 2:
             raise ModelLoadError(f"{name} is quantised and needs {name}.weight (U32, two axes), .scales and .biases")
         try:

@@ -188,9 +188,10 @@ def _find_files(folder: Path) -> list[Path]:
     if not files:
         message = f"{folder} has no weights: looked for {INDEX}, {SINGLE} and {SHARDS}"
         others = sorted(p.name for p in folder.iterdir() if p.suffix in OTHER_FORMATS) if folder.is_dir() else []
+        advice = "fetch one of these"
         if others:
-            message += f"; it has {', '.join(others)}, which cannot be read: convert the weights to safetensors"
-        raise ModelLoadError(message)
+            advice = f"it has {', '.join(others)}, which cannot be read: convert the weights to safetensors"
+        raise ModelLoadError(f"{message}; {advice}")
     return files
 
 

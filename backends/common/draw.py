@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cortexstream import sampling
+from cortexstream.backends.common import fast_draw
+from cortexstream.outputs import TokenMetadata
 from cortexstream.plan import SampleSpec
 
 
@@ -19,6 +21,7 @@ class Drawn(NamedTuple):
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     error: str | None = None
+    metadata: TokenMetadata | None = None
 
 
 def draw_rows(logits: npt.NDArray[np.float32], specs: Sequence[SampleSpec], positions: Sequence[int]) -> list[Drawn]:
@@ -27,17 +30,33 @@ def draw_rows(logits: npt.NDArray[np.float32], specs: Sequence[SampleSpec], posi
     A row that cannot be drawn from gets an `error` and the others are not touched by it. No PENDING may be left in a
     spec. Raises ValueError when the three lengths differ.
     """
-    return [_draw_row(row, spec, position) for row, spec, position in zip(logits, specs, positions, strict=True)]
+    if not len(logits) == len(specs) == len(positions):
+        raise ValueError(f"{len(logits)} rows of logits, {len(specs)} specs and {len(positions)} positions")
+    specs = [_masked_once(spec) for spec in specs]
+    tokens = fast_draw.draw(logits, specs, positions).tolist()
+    return [_drawn(*row) for row in zip(logits, specs, tokens, strict=True)]
 
 
-def _draw_row(logits: npt.NDArray[np.float32], spec: SampleSpec, position: int) -> Drawn:
-    broken = int(np.count_nonzero(np.isnan(logits) | (logits == np.inf)))
-    if broken:
-        return Drawn(0, error=f"{broken} of {len(logits)} logits are NaN or +inf; the model or its weights are broken")
-    if not np.isfinite(sampling.bias(logits, spec)).any():
-        return Drawn(0, error=f"all {len(logits)} tokens are banned or have a logit of -inf; nothing can be drawn")
-    token = sampling.draw(logits, spec, position)
-    if spec.logprobs is None:
+def _masked_once(spec: SampleSpec) -> SampleSpec:
+    """A grammar gives its mask once, however often it is looked at here."""
+    if spec.mask is None:
+        return spec
+    words = spec.mask()
+    return spec._replace(mask=lambda: words)
+
+
+def _drawn(logits: npt.NDArray[np.float32], spec: SampleSpec, token: int) -> Drawn:
+    if token == fast_draw.NOTHING:
+        return Drawn(0, error=_reason(sampling.bias(logits, spec)))
+    if spec.logprobs is None and not spec.metadata:
         return Drawn(token)
-    logprobs = sampling.log_softmax(logits)
-    return Drawn(token, float(logprobs[token]), sampling.top_logprobs(logprobs, spec.logprobs))
+    told = sampling.describe(logits, spec, token)
+    return Drawn(token, told.logprob, told.top_logprobs, None, told.metadata)
+
+
+def _reason(z: npt.NDArray[np.float32]) -> str:
+    """Why nothing can be drawn from logits that have their bias."""
+    broken = int(np.count_nonzero(np.isnan(z) | (z == np.inf)))
+    if broken:
+        return f"{broken} of {len(z)} logits are NaN or +inf; the model or its weights are broken"
+    return f"all {len(z)} tokens are banned or have a logit of -inf; nothing can be drawn"

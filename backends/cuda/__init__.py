@@ -14,6 +14,7 @@ INSTALL = "`pip install 'cortexstream[cuda]'` on a Linux machine"
 
 def available() -> str | None:
     try:
+        import safetensors  # noqa: F401
         import torch  # noqa: F401
         import transformers
     except ImportError as error:

@@ -20,9 +20,10 @@ from cortexstream.backends.common.checkpoint import eos_token_ids, read_config
 from cortexstream.backends.common.kv_format import kv_quantization
 from cortexstream.backends.common.kv_memory import KVMemory
 from cortexstream.backends.common.memory import host_memory_bytes
+from cortexstream.backends.cuda.invariant import make_invariant
 from cortexstream.backends.cuda.kernels import Kernels, choose, fitting
 from cortexstream.backends.cuda.models import DTYPES, LoadedModel, load
-from cortexstream.backends.cuda.results import Draws, on_the_way, row_results
+from cortexstream.backends.cuda.results import Draw, Draws, Scores, draws_of, on_the_way, results_of, scores_of
 from cortexstream.backends.cuda.runner import Runner
 from cortexstream.backends.cuda.step import LastDraws, upload
 from cortexstream.backends.cuda.store import store_maker
@@ -42,13 +43,14 @@ def inference(method: F) -> F:
 
 
 class CudaTicket(NamedTuple):
-    """A step in flight. `draws` are good once `done` has happened."""
+    """A step in flight. `found` and `scores` are good once `done` has happened."""
 
     step: int
-    rows: tuple[PlanRow, ...]  # those that draw
-    draws: Draws | None
+    draws: tuple[Draw, ...]
+    found: Draws | None
+    scores: tuple[Scores, ...]
     done: Any  # torch.cuda.Event, None on a CPU
-    swap_s: float
+    swap_s: float = 0.0
 
 
 class CudaBackend:
@@ -73,8 +75,11 @@ class CudaBackend:
         self._kernels: Kernels = choose(options.extra, self._device, block_tokens)
         folder = Path(options.model)
         loaded = load(folder, options.dtype, self._device, self._kernels.ops)
-        self._loaded: LoadedModel | None = loaded
         self._kernels = fitting(self._kernels, loaded.layers)
+        promise = make_invariant(
+            loaded.model, loaded.seat, loaded.layers, options.batch_invariant, self._kernels.triton, self._device
+        )
+        self._loaded: LoadedModel | None = loaded._replace(attention=promise.attention)
         tensors = (*loaded.model.parameters(), *loaded.model.buffers())
         weights = sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in tensors}.values())
         self.model = ModelInfo(
@@ -88,11 +93,12 @@ class CudaBackend:
             name="cuda", device=torch.cuda.get_device_name(self._device) if gpu else "CPU (torch)", kv_layout="paged",
             block_tokens=block_tokens, memory_bytes=_free_bytes(self._device),
             dtype=str(loaded.dtype).removeprefix("torch."), memory_share=0.8 if gpu else 0.25,
-            notes=(*self._kernels.notes, *loaded.notes),
+            notes=(*self._kernels.notes, *loaded.notes), batch_invariant=promise.holds, invariance=promise.sentence,
         )  # fmt: skip
         self._memory: KVMemory | None = None
         self._in_flight: deque[CudaTicket] = deque()
         self._last_step = -1
+        self._seen: dict[int, int] = {}  # slot -> what it drew in the step collected last
         self._last = LastDraws(options.max_num_seqs, self._device)
         self._run_rows: Runner | None = None
 
@@ -133,8 +139,9 @@ class CudaBackend:
         self._in_flight.popleft()
         if ticket.done is not None:
             ticket.done.synchronize()
-        results = () if ticket.draws is None else row_results(ticket.rows, ticket.draws)
-        return StepResult(ticket.step, results, ticket.swap_s)
+        results = () if ticket.found is None else results_of(ticket.draws, ticket.found, self._seen)
+        self._seen = {draw.slot: result.token for draw, result in zip(ticket.draws, results, strict=True)}
+        return StepResult(ticket.step, results, ticket.swap_s, tuple(scores.result() for scores in ticket.scores))
 
     def reset(self) -> None:
         self._in_flight.clear()
@@ -224,29 +231,34 @@ class CudaBackend:
 
     def _run(self, step: int, rows: tuple[PlanRow, ...], memory: KVMemory) -> CudaTicket:
         """The forward pass and the draws of checked rows."""
-        waits = {row.slot: self._waits(row) for row in rows}
-        sampling = tuple(row for row in rows if row.sample is not None)
+        waits = {row.slot for row in rows if self._waits(row)}
         if not rows:
             self._last.forget()
-            return CudaTicket(step, (), None, None, 0.0)
+            return CudaTicket(step, (), None, (), None)
         logits = self._runner().logits(rows)
-        if not sampling:
+        draws = draws_of(rows)
+        scores = scores_of(rows, logits[len(draws) :])
+        if not draws:
             self._last.forget()
-            return CudaTicket(step, (), None, self._event(), 0.0)
-        return self._draw(step, sampling, [waits[row.slot] for row in sampling], logits)
+            return CudaTicket(step, (), None, scores, self._event())
+        found = self._draw(rows, draws, waits, logits[: len(draws)])
+        return CudaTicket(step, draws, found, scores, self._event())
 
-    def _draw(self, step: int, rows: tuple[PlanRow, ...], waits: list[bool], logits: torch.Tensor) -> CudaTicket:
-        """`logits` float32 [rows, vocabulary]; `waits` are the rows that go on from an unseen draw."""
-        specs = [row.sample for row in rows if row.sample is not None]
-        slots, waiting = upload(self._device, [row.slot for row in rows], waits)
+    def _draw(self, rows: tuple[PlanRow, ...], draws: tuple[Draw, ...], waits: set[int], logits: torch.Tensor) -> Draws:
+        """`logits` float32 [draws, vocabulary]; `waits` has the slots that go on from an unseen draw."""
+        specs = [draw.spec for draw in draws]
+        single = [row for row in rows if row.sample is not None and not row.drafts]  # whose draw a row may go on from
+        kept = [place for place, draw in enumerate(draws) if draw.single]
+        slots, waiting, last = upload(
+            self._device, [draw.slot for draw in draws], [draw.slot in waits for draw in draws], kept
+        )
         before = self._last.tokens[slots]
         carried = self._last.broken[slots] & waiting.bool()  # its last draw was none: it cannot go on
-        pending = [before[i] if wait else None for i, wait in enumerate(waits)]
-        positions = [row.start + len(row.tokens) for row in rows]
-        tokens, broken = self._kernels.draw(logits, specs, positions, pending)
+        pending = [before[place] if draw.slot in waits else None for place, draw in enumerate(draws)]
+        tokens, broken = self._kernels.draw(logits, specs, [draw.position for draw in draws], pending)
         broken = broken | carried
-        self._last.record(rows, slots, tokens, broken)
-        return CudaTicket(step, rows, on_the_way(logits, specs, tokens, broken), self._event(), 0.0)
+        self._last.record(single, slots[last], tokens[last], broken[last])
+        return on_the_way(logits, specs, tokens, broken)
 
     @inference
     def _capture(self, batch: int) -> None:
@@ -308,4 +320,7 @@ def _device(asked: Any) -> torch.device:
 
 def _free_bytes(device: torch.device) -> int:
     """Memory left after the weights: of the GPU, or of the host."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory_bytes()
+    if device.type != "cuda":
+        return host_memory_bytes()
+    torch.cuda.empty_cache()  # what torch keeps of freed tensors, such as the weights before a rewrite, is free
+    return int(torch.cuda.mem_get_info(device)[0])

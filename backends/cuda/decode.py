@@ -3,6 +3,9 @@
 A graph is captured for a number of rows, once; fewer rows are padded. It reads its numbers, the block tables and the
 last draws from tensors that stay where they are, so it serves any lengths. What a model cannot do in a graph, such as
 asking the device for a number, ends the use of graphs with a note, not the program.
+
+Without a graph a step launches two kernels per layer, the second only where a row may have several splits. Both are
+launched once before the first step, on padding, so that no row's length leads to a compilation in a later step.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ class DecodeStep:
         self._graphs: dict[int, Captured] | None = {} if graphs else None
         self._pool: Any = None  # memory that the graphs share, as they are captured on one stream
         self._side: Any = None
+        self._compiled = False
         self.notes: tuple[str, ...] = ()
 
     def logits(self, rows: Sequence[PlanRow]) -> torch.Tensor:
@@ -63,7 +67,12 @@ class DecodeStep:
         return captured.logits[: len(rows)]
 
     def capture(self, batch: int) -> None:
-        """Capture the graphs for up to `batch` rows, the largest first, as its memory serves the others."""
+        """Capture the graphs for up to `batch` rows, the largest first, as its memory serves the others. Compile what
+        runs without them."""
+        if not self._compiled:  # by a row of padding in tables of full width: nothing is written
+            numbers = torch.tensor(self._numbers((), 1), dtype=torch.int64, device=self._device)
+            self._run(numbers, self._tables.max_tokens, one_launch=False)
+            self._compiled = True
         sizes = {bucket(n) for n in range(1, min(batch, LARGEST_GRAPH) + 1)}
         for size in sorted(sizes, reverse=True):
             if size <= LARGEST_GRAPH:

@@ -114,8 +114,8 @@ class FusedMLP(nn.Module):
     def __init__(self, gate_up: nn.Module, down: nn.Module, activation: str, ops: Ops) -> None:
         super().__init__()
         self.gate_up_proj, self.down_proj = gate_up, down
-        self.activation, self._ops = activation, ops
+        self.activation, self.ops = activation, ops
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down_proj(self._ops.gated(self.gate_up_proj(x), self.activation))
+        out: torch.Tensor = self.down_proj(self.ops.gated(self.gate_up_proj(x), self.activation))
         return out

@@ -10,17 +10,21 @@ import torch
 import transformers
 
 from cortexstream.backend import LayerKV
-from cortexstream.backends.common.checkpoint import check_weights, read_config, read_weights
+from cortexstream.backends.common.affine import packing_of
+from cortexstream.backends.common.checkpoint import check_weights, read_config, read_header, read_weights
 from cortexstream.backends.cuda.attention import NAME, Seat, register, take_seats
 from cortexstream.backends.cuda.fused import Ops
 from cortexstream.backends.cuda.probe import check_rows, forward, geometry
 from cortexstream.backends.cuda.quantized import load_weights, use_kernels
 from cortexstream.backends.cuda.rewrites import rewrite
+from cortexstream.backends.cuda.torch_attention import StepAttention, TorchAttention
 from cortexstream.errors import ModelLoadError
 
 log = logging.getLogger("cortexstream")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED_DTYPES = ("F16", "BF16", "F32", "F64")
+COUNTS = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 REFUSED_LAYERS = {"chunked_attention": "attends within chunks", "linear_attention": "keeps a recurrent state"}
 
 
@@ -35,6 +39,7 @@ class LoadedModel(NamedTuple):
     vocab_size: int
     rewrites: dict[str, int]  # how often each structural rewrite was made
     notes: tuple[str, ...] = ()  # what is served otherwise than the checkpoint says
+    attention: StepAttention = TorchAttention  # where torch computes it
 
 
 def load(folder: Path, dtype: str, device: torch.device, ops: Ops) -> LoadedModel:
@@ -47,18 +52,20 @@ def load(folder: Path, dtype: str, device: torch.device, ops: Ops) -> LoadedMode
     config = read_config(folder)
     name = folder.name
     check_weights(folder)
-    _refuse_layers(config, name)
+    _check_config(config, name)
     register()
     transformers.logging.disable_progress_bar()  # we show our own
     try:
         settings = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        if type(settings) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ModelLoadError(f"{name}: {settings.model_type!r} is no language model; use another folder")
         settings.use_cache = False
         kind = _dtype(dtype, settings, device)
         model = _build(folder, config, settings, kind)
     except ModelLoadError:
         raise
     except Exception as error:
-        raise ModelLoadError(f"{name}: transformers cannot load it: {short(error)}") from error
+        raise ModelLoadError(_why(error, config, name)) from error
     too_large = f"{name}: it does not fit into the memory of {device}; use what mlx-lm quantised, or a smaller model"
     try:
         model = model.to(device).eval().requires_grad_(False)
@@ -101,12 +108,7 @@ def _dtype(asked: str, settings: Any, device: torch.device) -> torch.dtype:
 
 def _build(folder: Path, config: dict[str, Any], settings: Any, kind: torch.dtype) -> Any:
     """The model with its weights. What mlx-lm quantised stays packed: its tensors have transformers' names."""
-    if "quantization" not in config:
-        if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method", "unknown")
-            raise ModelLoadError(
-                f"{folder.name}: is quantised by {method!r}; use the original weights, or what mlx-lm quantised"
-            )
+    if config.get("quantization") is None:
         return _dense(folder, kind)
     for key in ("quantization", "quantization_config"):
         if hasattr(settings, key):
@@ -140,13 +142,78 @@ def _dense(folder: Path, kind: torch.dtype) -> Any:
                 f"{folder.name}: for transformers' {model.config.model_type} {len(names)} tensors are {what}, such as "
                 f"{names[0]}; config.json and the weights do not fit"
             )
+    _check_stored(folder, {key for key, _ in model.named_parameters()})
     return model
 
 
-def _refuse_layers(config: dict[str, Any], name: str) -> None:
+def _check_stored(folder: Path, parameters: set[str]) -> None:
+    """transformers makes numbers of whatever is stored; codes are no weights."""
+    for path in check_weights(folder):
+        for key, entry in read_header(path).items():
+            if entry.dtype not in STORED_DTYPES and (key in parameters or key.endswith(".weight")):
+                raise ModelLoadError(
+                    f"{path}: tensor {key} has dtype {entry.dtype}; readable are {', '.join(STORED_DTYPES)}: use the "
+                    f"original weights, or what mlx-lm quantised"
+                )
+
+
+def _check_config(config: dict[str, Any], name: str) -> None:
+    """What transformers would not notice, or would not say in words that help. Raises ModelLoadError."""
     for kind in config.get("layer_types") or ():
         if kind in REFUSED_LAYERS:
-            raise ModelLoadError(f"{name}: a layer of this model {REFUSED_LAYERS[kind]}, which is not supported")
+            raise ModelLoadError(
+                f"{name}: a layer of this model {REFUSED_LAYERS[kind]}, which is not supported; use another model"
+            )
+    if config["model_type"] not in transformers.CONFIG_MAPPING:
+        if "auto_map" in config:
+            raise ModelLoadError(
+                f"{name}: {config['model_type']!r} is an architecture whose code is in the folder, and it is not run "
+                f"here; use a model of an architecture that transformers has"
+            )
+        raise ModelLoadError(
+            f"{name}: transformers {transformers.__version__} has no architecture {config['model_type']!r}; update "
+            f"transformers, or use a model of another architecture"
+        )
+    for key in COUNTS:
+        if type(config.get(key)) is int and config[key] < 1:
+            raise ModelLoadError(f"{name}/config.json: {key} is {config[key]}; it must be at least 1")
+    if config.get("quantization") is not None:
+        packing_of(config, "the model")
+        return
+    other = config.get("quantization_config")
+    if other is not None and not isinstance(other, dict):
+        raise ModelLoadError(
+            f"{name}/config.json: quantization_config is {other!r}; it must be an object, and is not there if the "
+            f"weights are not quantised"
+        )
+    if other:
+        raise ModelLoadError(
+            f"{name}: is quantised by {other.get('quant_method', 'unknown')!r}; use the original weights, or what "
+            f"mlx-lm quantised"
+        )
+
+
+def _why(error: Exception, config: dict[str, Any], name: str) -> str:
+    """An error of transformers as a sentence. It looks up names, of activations say: a KeyError has one of config's."""
+    version = f"transformers {transformers.__version__}"
+    if isinstance(error, KeyError) and error.args and (key := _key_of(error.args[0], config)):
+        return (
+            f"{name}/config.json: {key} is {error.args[0]!r}, which {version} does not know; correct it, or update "
+            f"transformers"
+        )
+    return f"{name}: {version} cannot load it, so check config.json: {short(error)}"
+
+
+def _key_of(value: Any, settings: dict[str, Any]) -> str | None:
+    """The name of the first setting that has this value, also among settings of settings."""
+    for key, found in settings.items():
+        if isinstance(found, dict):
+            inner = _key_of(value, found)
+            if inner:
+                return f"{key}.{inner}"
+        elif type(found) is type(value) and found == value:
+            return key
+    return None
 
 
 def _context(settings: Any, name: str) -> tuple[int, tuple[str, ...]]:
@@ -174,6 +241,6 @@ def _context(settings: Any, name: str) -> tuple[int, tuple[str, ...]]:
 
 
 def short(error: Exception) -> str:
-    """An error as one line."""
-    line = " ".join(str(error).split()) or type(error).__name__
+    """An error's first sentence, on one line."""
+    line = " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__
     return line if len(line) <= 300 else line[:300] + " ..."

@@ -211,12 +211,12 @@ def _is_packed(model: Any, name: str) -> bool:
 
 
 def _tie_packed(model: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Give the head the embedding's packed table, if they are tied and no tensor of its own came."""
+    """Give the head the embedding's packed table, if they are tied and no tensors of its own came, packed or not."""
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if not isinstance(table, QuantizedEmbedding):
         return
     tied = {target for target in model.all_tied_weights_keys if model.get_submodule(target.rpartition(".")[0]) is head}
-    if tied and not tied & tensors.keys():
+    if tied and not isinstance(head, QuantizedLinear) and not tied & tensors.keys():
         model.set_output_embeddings(table.as_linear())
     for target in tied:
         del model.all_tied_weights_keys[target]

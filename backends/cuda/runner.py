@@ -13,7 +13,6 @@ from cortexstream.backends.cuda.kernels import Kernels
 from cortexstream.backends.cuda.models import LoadedModel
 from cortexstream.backends.cuda.probe import forward
 from cortexstream.backends.cuda.step import LastDraws, Span, inputs_of, spans_of
-from cortexstream.backends.cuda.torch_attention import TorchAttention
 from cortexstream.plan import PlanRow
 
 
@@ -39,12 +38,13 @@ class Runner:
         return () if self._decode is None else self._decode.notes
 
     def logits(self, rows: Sequence[PlanRow]) -> torch.Tensor:
-        """float32 [N, vocabulary] for the N rows that draw; of the last row if none does."""
+        """float32 [N, vocabulary]: for all draws in the order of the rows, then for all targets of scores; of the last
+        token if there is neither."""
         if self._decode is None:
             spans = spans_of(rows)
-            return self._flat(rows, spans, TorchAttention(self._memory, spans))
+            return self._flat(rows, spans, self._loaded.attention(self._memory, spans))
         self._tables.update((row.slot, row.kv) for row in rows)
-        if all(len(row.tokens) == 1 and row.sample is not None for row in rows):
+        if all(len(row.tokens) == 1 and row.sample is not None and row.score is None for row in rows):
             logits: torch.Tensor = self._decode.logits(rows)
             return logits
         from cortexstream.backends.cuda.triton_attention import MixedAttention

@@ -1,4 +1,8 @@
-"""The draw on the device: `cortexstream.sampling` in torch, all rows of a batch at once."""
+"""The draw on the device: `cortexstream.sampling` in torch, all rows of a batch at once.
+
+Sums over the vocabulary are taken as the last of a cumulative sum: torch may add up a single row in another order than
+several, and a row's draw must not depend on the others.
+"""
 
 from __future__ import annotations
 
@@ -7,52 +11,52 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from cortexstream.constraint import Mask
 from cortexstream.plan import PENDING, SampleSpec
-from cortexstream.sampling import PHILOX_M, PHILOX_ROUNDS, PHILOX_W
+from cortexstream.sampling import PHILOX_M, PHILOX_ROUNDS, PHILOX_W, WORD
 
-WORD = 0xFFFFFFFF
+FEW = 1024  # a top-k up to this is found without sorting the vocabulary
+EVERYTHING = np.uint32(WORD)  # a word of a mask that allows all
 
 
 def draw(
     logits: torch.Tensor, specs: Sequence[SampleSpec], positions: Sequence[int], pending: Sequence[torch.Tensor | None]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `sample`, and which rows are broken, bool [rows]: their logits hold NaN or +inf, or nothing finite."""
-    usable = torch.isfinite(bias(logits, specs).amax(-1))  # a NaN is the maximum of its row
-    return sample(torch.where(usable[:, None], logits, 0.0), specs, positions, pending), ~usable
+    """Draw one token per row from float32 logits [rows, vocabulary]: tokens int64 [rows], broken bool [rows].
 
-
-def sample(
-    logits: torch.Tensor, specs: Sequence[SampleSpec], positions: Sequence[int], pending: Sequence[torch.Tensor | None]
-) -> torch.Tensor:
-    """Draw one token per row, int64 [rows], from float32 logits [rows, vocabulary].
-
-    `positions` are those of the drawn tokens. `pending[i]` is the token (a scalar) that PENDING stands for in row i.
+    `positions` are those of the drawn tokens. `pending[i]` is the token (a scalar) that PENDING stands for in row i. A
+    row is broken if its logits with their bias hold NaN or +inf, or nothing finite; its token is 0. Each mask is called
+    once. Raises ValueError when a penalised row has a PENDING without its token.
     """
-    z = _penalise(bias(logits, specs), specs, pending)
-    greedy = torch.argmax(z, dim=-1)  # the lowest index of equals: asserted by a test
-    hot = [spec.temperature != 0.0 for spec in specs]
-    if not any(hot):
-        return greedy
-    temperature = _column([spec.temperature if h else 1.0 for spec, h in zip(specs, hot, strict=True)], z)
-    z = _keep(z / temperature, specs)
-    drawn = torch.argmax(z + noise(specs, positions, z.shape[1], z.device), dim=-1)
-    return drawn if all(hot) else torch.where(torch.tensor(hot, device=z.device), drawn, greedy)
+    z = bias(logits, specs)
+    broken = ~torch.isfinite(z.amax(-1))  # a NaN is the maximum of its row
+    z = _penalise(z, specs, pending)
+    tokens = torch.argmax(z, dim=-1)  # the lowest index of equals: asserted by a test
+    hot = [row for row, spec in enumerate(specs) if spec.temperature != 0.0]
+    if hot:
+        asked = [specs[row] for row in hot]
+        scores = _keep(_rows(z, hot) / _column([spec.temperature for spec in asked], z), asked)
+        scores = scores + noise(asked, [positions[row] for row in hot], z.shape[1], z.device)
+        drawn = torch.argmax(scores, dim=-1)
+        if len(hot) == len(specs):
+            tokens = drawn
+        else:
+            tokens[torch.tensor(hot, device=z.device)] = drawn
+    return tokens.masked_fill(broken, 0), broken
 
 
 def noise(specs: Sequence[SampleSpec], positions: Sequence[int], vocab_size: int, device: torch.device) -> torch.Tensor:
     """Gumbel noise float32 [rows, vocabulary]; bit for bit the words of `cortexstream.sampling.noise`."""
-
-    def words(values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)[:, None]
-
-    seeds = [spec.seed for spec in specs]
-    low, high = words([s & WORD for s in seeds]), words([s >> 32 & WORD for s in seeds])
-    zero = torch.zeros(len(specs), -(-vocab_size // 4), dtype=torch.int64, device=device)
-    c0, c1 = zero + torch.arange(zero.shape[1], device=device)[None], zero + words(positions)
-    c2, c3 = zero + words([spec.sample_index for spec in specs]), zero
+    keys = [
+        [s.seed & WORD for s in specs], [s.seed >> 32 & WORD for s in specs], list(positions),
+        [s.sample_index for s in specs],
+    ]  # fmt: skip
+    low, high, c1, c2 = torch.tensor(keys, dtype=torch.int64).to(device)[:, :, None]
+    c0 = torch.arange(-(-vocab_size // 4), device=device)[None]
+    c3 = torch.zeros_like(c1)
     for _ in range(PHILOX_ROUNDS):
         p0, p1 = c0 * PHILOX_M[0], c2 * PHILOX_M[1]  # modulo 2**64, of which the upper half is wanted unsigned
-        c0, c2 = (p1 >> 32 & WORD) ^ c1 ^ low, (p0 >> 32 & WORD) ^ c3 ^ high
+        c0, c2 = (p1 >> 32 & WORD) ^ (c1 ^ low), (p0 >> 32 & WORD) ^ (c3 ^ high)
         c1, c3 = p1 & WORD, p0 & WORD
         low, high = (low + PHILOX_W[0]) & WORD, (high + PHILOX_W[1]) & WORD
     bits = torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)[:, :vocab_size]
@@ -61,7 +65,7 @@ def noise(specs: Sequence[SampleSpec], positions: Sequence[int], vocab_size: int
 
 
 def bias(z: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
-    """Logits with biases added and banned tokens at -inf."""
+    """Logits with their biases, -inf where a token is banned or outside of its row's mask."""
     biased = [(r, token, value) for r, spec in enumerate(specs) for token, value in spec.logit_bias]
     banned = [(r, token) for r, spec in enumerate(specs) for token in spec.banned]
     if biased or banned:
@@ -72,8 +76,25 @@ def bias(z: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
         z[where] += torch.tensor(values, dtype=torch.float32, device=z.device)
     if banned:
         rows, tokens = zip(*banned, strict=True)
-        z[torch.tensor(rows, device=z.device), torch.tensor(tokens, device=z.device)] = -torch.inf
-    return z
+        where = torch.tensor(rows, device=z.device), torch.tensor(tokens, device=z.device)
+        z.index_put_(where, z.new_full((), -torch.inf))  # a number would wait: it comes from the host
+    masks = {row: spec.mask() for row, spec in enumerate(specs) if spec.mask is not None}
+    return torch.where(allowed(masks, len(specs), z), z, -torch.inf) if masks else z
+
+
+def allowed(masks: dict[int, Mask], num_rows: int, like: torch.Tensor) -> torch.Tensor:
+    """What masks allow, bool [num_rows, vocabulary]: all in a row without one. Their words are sent, not their bits."""
+    words = np.full((num_rows, -(-like.shape[1] // 32)), EVERYTHING)
+    for row, mask in masks.items():
+        words[row] = mask
+    host = torch.from_numpy(words.view(np.int32))
+    sent = host.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else host
+    bits = sent[:, :, None] >> torch.arange(32, dtype=torch.int32, device=like.device) & 1
+    return bits.flatten(1)[:, : like.shape[1]].bool()
+
+
+def _rows(z: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    return z if len(rows) == z.shape[0] else z[torch.tensor(rows, device=z.device)]
 
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
@@ -81,47 +102,68 @@ def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
 
 
 def _penalise(z: torch.Tensor, specs: Sequence[SampleSpec], pending: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    if not any(spec.penalised for spec in specs):
+    penalised = [row for row, spec in enumerate(specs) if spec.penalised]
+    if not penalised:
         return z
-    histories = [_history(spec, last, z) for spec, last in zip(specs, pending, strict=True)]
-    used, count = torch.stack([h[0] for h in histories]), torch.stack([h[1] for h in histories])
-    repetition = _column([spec.repetition_penalty for spec in specs], z)
+    known = [_known(spec) for spec in specs]
+    count, one = torch.zeros_like(z), torch.ones((), device=z.device)
+    count.index_put_(_pairs(penalised, known, z.device), one, accumulate=True)
+    for row in penalised:
+        last = pending[row]
+        if len(known[row]) < len(specs[row].output_tokens):
+            if last is None:
+                raise ValueError("a penalised row has a pending token, but its slot drew none")
+            count[row].index_add_(0, last.view(1), one.view(1))
+    used = count > 0
+    used.index_put_(_pairs(penalised, [spec.prompt_tokens for spec in specs], z.device), used.new_ones(()))
+    repetition, frequency, presence = torch.tensor(
+        [(s.repetition_penalty, s.frequency_penalty, s.presence_penalty) for s in specs], dtype=torch.float32
+    ).to(z.device).T[:, :, None]  # fmt: skip
     z = torch.where(used, torch.where(z > 0, z / repetition, z * repetition), z)
-    frequency = _column([spec.frequency_penalty for spec in specs], z)
-    presence = _column([spec.presence_penalty for spec in specs], z)
     return z - frequency * count - presence * (count > 0)
 
 
-def _history(spec: SampleSpec, last: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(which tokens occurred at all, how often each occurred in the output) of one row."""
-    vocab_size = like.shape[1]
-    known = [token for token in spec.output_tokens if token != PENDING]
-    count = torch.from_numpy(np.bincount(known, minlength=vocab_size).astype(np.float32)).to(like.device)
-    if len(known) < len(spec.output_tokens):
-        if last is None:
-            raise ValueError("a penalised row has a pending token, but its slot drew none")
-        count[last] += 1.0
-    prompt = np.zeros(vocab_size, bool)
-    prompt[list(spec.prompt_tokens)] = True
-    return torch.from_numpy(prompt).to(like.device) | (count > 0), count
+def _known(spec: SampleSpec) -> tuple[int, ...]:
+    """The output's tokens but for a PENDING, which may only be the last."""
+    return spec.output_tokens[:-1] if spec.output_tokens[-1:] == (PENDING,) else spec.output_tokens
+
+
+def _pairs(rows: Sequence[int], tokens: Sequence[tuple[int, ...]], device: torch.device) -> list[torch.Tensor]:
+    """Row and token of each of the rows' tokens, for use as an index."""
+    row = np.repeat(np.array(rows, np.int64), [len(tokens[row]) for row in rows])
+    pairs = np.stack((row, np.concatenate([np.array(tokens[row], np.int64) for row in rows])))
+    return list(torch.from_numpy(pairs).to(device))
 
 
 def _keep(z: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
-    vocab_size = z.shape[1]
     if any(spec.min_p > 0.0 for spec in specs):
         floor = _column([float(np.float32(np.log(s.min_p))) if s.min_p > 0.0 else -np.inf for s in specs], z)
         z = torch.where(z >= z.amax(-1, keepdim=True) + floor, z, -torch.inf)
-    if not any(spec.top_p < 1.0 or 0 < spec.top_k < vocab_size for spec in specs):
+    cut = [row for row, spec in enumerate(specs) if spec.top_p < 1.0 or 0 < spec.top_k < z.shape[1]]
+    if not cut:
         return z
-    descending = z.sort(dim=-1, descending=True).values
-    last = [(spec.top_k if 0 < spec.top_k < vocab_size else vocab_size) - 1 for spec in specs]
-    threshold = descending.gather(1, torch.tensor(last, device=z.device)[:, None])
-    if any(spec.top_p < 1.0 for spec in specs):
-        p = torch.exp(torch.where(descending >= threshold, descending, -torch.inf) - descending[:, :1])
-        p = p / p.sum(-1, keepdim=True)
-        # Rounding may lift the sum of all above 1; a row with top-p off keeps everything whatever the sum.
-        share = _column([spec.top_p if spec.top_p < 1.0 else np.inf for spec in specs], z)
-        kept = (p.cumsum(-1) - p < share).sum(-1, keepdim=True)
-        crossing = (kept - 1).clamp_min(0)  # a top-p that rounds to 0 still keeps the likeliest
-        threshold = torch.maximum(threshold, descending.gather(1, crossing))
+    threshold = torch.full_like(z[:, :1], -torch.inf)
+    threshold[torch.tensor(cut, device=z.device)] = _threshold(_rows(z, cut), [specs[row] for row in cut])
     return torch.where(z >= threshold, z, -torch.inf)
+
+
+def _threshold(z: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
+    """The lowest score that top-k and top-p keep, float32 [rows, 1]."""
+    vocab_size = z.shape[1]
+    counts = [spec.top_k if 0 < spec.top_k < vocab_size else vocab_size for spec in specs]
+    if max(counts) <= FEW:  # all rows have a top-k, or the vocabulary is small
+        descending = z.topk(max(counts), dim=-1).values
+    else:
+        descending = z.sort(dim=-1, descending=True).values
+    last = torch.tensor(counts, device=z.device)[:, None] - 1
+    lowest = descending.gather(1, last)
+    if all(spec.top_p == 1.0 for spec in specs):
+        return lowest
+    peak = descending[:, :1]
+    held = torch.exp(descending - peak).cumsum(-1)
+    ties = (z >= lowest).sum(-1, keepdim=True) - 1 - last  # that top-k keeps beyond its k
+    mass = held.gather(1, last) + ties * torch.exp(lowest - peak)
+    # A row with top-p off keeps everything whatever the sum.
+    share = _column([spec.top_p if spec.top_p < 1.0 else np.inf for spec in specs], z)
+    crossing = (held < share * mass).sum(-1, keepdim=True).minimum(last)
+    return descending.gather(1, crossing)

@@ -24,12 +24,13 @@ class Span(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a model takes: int64 on the device. T tokens of all rows, one row after the other; N of them draw."""
+    """What a model takes: int64 on the device. T tokens of all rows, one row after the other; after N of them logits
+    are wanted."""
 
     tokens: torch.Tensor  # [T]; PENDING stands for what the token's slot drew last
     slots: torch.Tensor  # [T]: each token's slot
     positions: torch.Tensor  # [T]
-    wanted: torch.Tensor  # [N]: indices of the tokens after which logits are wanted
+    wanted: torch.Tensor  # [N]: indices of the tokens; those that draw, then those that score a prompt
 
 
 def upload(device: torch.device, *parts: Sequence[int]) -> list[torch.Tensor]:
@@ -49,11 +50,18 @@ def spans_of(rows: Sequence[PlanRow]) -> list[Span]:
 
 
 def inputs_of(rows: Sequence[PlanRow], spans: Sequence[Span], device: torch.device) -> Inputs:
-    """Without a drawing row the last token's logits are wanted: a model computes some always."""
+    """Without a row that wants any the last token's logits are wanted: a model computes some always."""
     tokens = [token for row in rows for token in row.tokens]
     slots = [span.slot for span in spans for _ in range(span.num_tokens)]
     positions = [span.start + i for span in spans for i in range(span.num_tokens)]
-    wanted = [span.where.stop - 1 for row, span in zip(rows, spans, strict=True) if row.sample is not None]
+    wanted = [
+        span.where.stop - len(row.draws) + i
+        for row, span in zip(rows, spans, strict=True)
+        for i in range(len(row.draws))
+    ]
+    for row, span in zip(rows, spans, strict=True):
+        if row.score is not None:
+            wanted += range(span.where.start, span.where.start + len(row.score.targets))
     return Inputs(*upload(device, tokens, slots, positions, wanted or [len(tokens) - 1]))
 
 
@@ -81,7 +89,7 @@ class LastDraws:
         return torch.where(tokens == PENDING, self.tokens[slots], tokens)
 
     def record(self, rows: Sequence[PlanRow], slots: torch.Tensor, tokens: torch.Tensor, broken: torch.Tensor) -> None:
-        """The rows drew `tokens` [N] for their `slots` [N]."""
+        """The rows drew `tokens` [N] for their `slots` [N], one each."""
         self.tokens[slots] = tokens
         self.broken[slots] = broken
         self._drew = {row.slot: row.seq_id for row in rows}

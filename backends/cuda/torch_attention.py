@@ -9,11 +9,17 @@ import torch
 
 from cortexstream.backends.common.kv_memory import KVMemory
 from cortexstream.backends.common.kv_pool import KVPool
-from cortexstream.backends.cuda.attention import Options, Rotary
+from cortexstream.backends.cuda.attention import Attend, Options, Rotary
 from cortexstream.backends.cuda.step import Span
 from cortexstream.kernels.torch.attention import attention
 from cortexstream.kernels.torch.rms_norm import rms_norm
 from cortexstream.plan import KVRows
+
+Attention = Callable[..., torch.Tensor]
+"""`kernels.torch.attention.attention`, or what computes the same."""
+
+
+StepAttention = Callable[[KVMemory, Sequence[Span]], Attend]
 
 
 class TorchAttention:
@@ -23,8 +29,8 @@ class TorchAttention:
     rounds. `memory` holds what `KVMemory.check_row` checked.
     """
 
-    def __init__(self, memory: KVMemory, spans: Sequence[Span]) -> None:
-        self._memory, self._spans = memory, spans
+    def __init__(self, memory: KVMemory, spans: Sequence[Span], attention: Attention = attention) -> None:
+        self._memory, self._spans, self._attention = memory, spans, attention
         self._reads: dict[tuple[int, int], Any] = {}
 
     def __call__(
@@ -38,15 +44,27 @@ class TorchAttention:
         if pool.window is None:
             for row, span in enumerate(self._spans):
                 pool.append(layer, self._write(pool, number, row, span), k[span.where], v[span.where])
-        parts = []
-        for row, span in enumerate(self._spans):
-            if pool.window is None:
-                keys, values = pool.read(layer, self._read(pool, number, row, span))
-                first = 0
-            else:
-                first, keys, values = self._in_ring(pool, number, layer, row, span, k[span.where], v[span.where])
-            parts.append(attention(q[span.where], keys, values, span.start, first, window, *options))
-        return torch.cat(parts)
+        return torch.cat(self._attend(pool, number, layer, q, k, v, window, options))
+
+    def _attend(
+        self, pool: KVPool, number: int, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        window: int | None, options: Options,
+    ) -> list[torch.Tensor]:  # fmt: skip
+        """What the rows attend to, one after the other; with full attention their keys and values are stored."""
+        rows = range(len(self._spans))
+        return [self._attend_row(pool, number, layer, row, q, k, v, window, options) for row in rows]
+
+    def _attend_row(
+        self, pool: KVPool, number: int, layer: int, row: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        window: int | None, options: Options,
+    ) -> torch.Tensor:  # fmt: skip
+        span = self._spans[row]
+        if pool.window is None:
+            keys, values = pool.read(layer, self._read(pool, number, row, span))
+            first = 0
+        else:
+            first, keys, values = self._in_ring(pool, number, layer, row, span, k[span.where], v[span.where])
+        return self._attention(q[span.where], keys, values, span.start, first, window, *options)
 
     def _in_ring(
         self, pool: KVPool, number: int, layer: int, row: int, span: Span, k: torch.Tensor, v: torch.Tensor

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from cortexstream.backends.cuda.sample import allowed
 from cortexstream.backends.cuda.step import upload
 from cortexstream.kernels.triton.sample import Drawn, RowParameters, Tables, sample
 from cortexstream.plan import PENDING, SampleSpec
@@ -20,12 +21,13 @@ def draw(
     """See `backends.cuda.sample.draw`."""
     rows, vocab_size = range(len(specs)), logits.shape[1]
     penalised = [i for i in rows if specs[i].penalised]
-    biased = [i for i in rows if specs[i].logit_bias or specs[i].banned]
+    biased = [i for i in rows if specs[i].logit_bias or specs[i].banned or specs[i].mask is not None]
     lines = {i: line for line, i in enumerate(penalised)}
     bias_lines = {i: line for line, i in enumerate(biased)}
     parameters = _parameters(
-        specs, positions, [lines.get(i, 0) for i in rows], [bias_lines.get(i, -1) for i in rows], logits.device
-    )
+        specs, positions, vocab_size, [lines.get(i, 0) for i in rows], [bias_lines.get(i, -1) for i in rows],
+        logits.device,
+    )  # fmt: skip
     counts, seen = _history([specs[i] for i in penalised], [pending[i] for i in penalised], vocab_size, logits.device)
     tables = Tables(_bias([specs[i] for i in biased], vocab_size, logits.device), counts, seen)
     filters = any(spec.min_p > 0.0 or spec.top_p < 1.0 or spec.top_k > 0 for spec in specs)
@@ -34,11 +36,12 @@ def draw(
 
 
 def _parameters(
-    specs: Sequence[SampleSpec], positions: Sequence[int], lines: list[int], bias_lines: list[int],
+    specs: Sequence[SampleSpec], positions: Sequence[int], vocab_size: int, lines: list[int], bias_lines: list[int],
     device: torch.device,
 ) -> RowParameters:  # fmt: skip
     integers = [
-        lines, bias_lines, [s.top_k for s in specs], list(positions), [s.sample_index for s in specs],
+        lines, bias_lines, [s.top_k if 0 < s.top_k < vocab_size else 0 for s in specs],  # int32: it may be any number
+        list(positions), [s.sample_index for s in specs],
         [s.seed - (1 << 64) if s.seed >= 1 << 63 else s.seed for s in specs],
     ]  # fmt: skip
     floats = [
@@ -61,7 +64,7 @@ def _parameters(
 
 
 def _bias(specs: Sequence[SampleSpec], vocab_size: int, device: torch.device) -> torch.Tensor | None:
-    """A line float32 [vocabulary] per row: the biases, -inf where a token is banned."""
+    """A line float32 [vocabulary] per row: the biases, -inf where a token is banned or outside of the row's mask."""
     if not specs:
         return None
     table = torch.zeros(len(specs), vocab_size, device=device)
@@ -73,8 +76,9 @@ def _bias(specs: Sequence[SampleSpec], vocab_size: int, device: torch.device) ->
         table.index_put_((line, token), value.int().view(torch.float32), accumulate=True)
     if banned:
         line, token = upload(device, [b[0] for b in banned], [b[1] for b in banned])
-        table[line, token] = -torch.inf
-    return table
+        table.index_put_((line, token), table.new_full((), -torch.inf))  # a number would wait: it comes from the host
+    masks = {line: spec.mask() for line, spec in enumerate(specs) if spec.mask is not None}
+    return table.masked_fill_(~allowed(masks, len(specs), table), -torch.inf) if masks else table
 
 
 def _history(
@@ -89,7 +93,7 @@ def _history(
     given = [(line, token) for line, s in enumerate(specs) for token in s.prompt_tokens]
     sent = upload(device, *([pair[i] for pair in pairs] for pairs in (made, given) for i in (0, 1)))
     counts.index_put_((sent[0], sent[1]), torch.ones_like(sent[0], dtype=torch.int32), accumulate=True)
-    seen[sent[2], sent[3]] = 1
+    seen.index_put_((sent[2], sent[3]), seen.new_ones(()))
     for line, (spec, last) in enumerate(zip(specs, pending, strict=True)):
         if PENDING in spec.output_tokens:
             if last is None:

@@ -12,7 +12,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -23,11 +23,12 @@ from cortexstream.backends.mlx.attention import teach
 from cortexstream.backends.mlx.cache import Chunk
 from cortexstream.backends.mlx.forward import Forward
 from cortexstream.backends.mlx.pool import RowPool
-from cortexstream.backends.mlx.probe import find_mode, most_rows, pools_stay, trial_row
-from cortexstream.backends.mlx.sample import log_softmax, sample
+from cortexstream.backends.mlx.probe import find_mode, most_rows, pools_stay, promise, ring_step, trial_row
+from cortexstream.backends.mlx.results import Draw, Draws, Scores, draws_of, results_of, scores_of
+from cortexstream.backends.mlx.sample import draw
 from cortexstream.backends.mlx.transfer import SwapSpace, read_kv, write_kv
 from cortexstream.errors import EngineError, InvalidRequestError, ModelLoadError, OutOfMemoryBudgetError
-from cortexstream.plan import PENDING, KVRows, PlanRow, RowResult, SampleSpec, StepPlan, StepResult
+from cortexstream.plan import PENDING, KVRows, PlanRow, StepPlan, StepResult
 
 log = logging.getLogger("cortexstream.backends.mlx")
 
@@ -35,14 +36,12 @@ BLOCK_TOKENS = 16
 
 
 class MlxTicket(NamedTuple):
-    """A step in flight. Arrays are None when no row draws; `order` maps sampling rows to rows of the arrays."""
+    """A step in flight; `found` is None when no row draws."""
 
     step: int
-    rows: tuple[PlanRow, ...]
-    order: list[int]
-    tokens: mx.array | None
-    broken: mx.array | None  # bool: nothing can be drawn from the row's logits
-    logprobs: mx.array | None  # float32 [rows, vocabulary], if any row asked for them
+    draws: tuple[Draw, ...]
+    found: Draws | None
+    scores: tuple[Scores, ...]
     swap_s: float
 
 
@@ -62,7 +61,9 @@ class MlxBackend:
         metal = mx.metal.is_available()
         model, self.model, self._kv_dtype = models.load(Path(options.model), options.dtype, options.kv_dtype)
         grouped = bool(options.extra.get("group_attention", metal))
-        self._forward = Forward(model, "ragged" if teach(model) else "gathered", grouped)
+        self._forward = Forward(
+            model, "ragged" if teach(model) else "gathered", grouped, ring_step(options.batch_invariant, metal, grouped)
+        )
         self._ordering_pool = min(self.model.pool_of(layer) for layer in range(len(self.model.layers)))
         self._swapped = SwapSpace()
         self._synchronous = False
@@ -70,6 +71,7 @@ class MlxBackend:
         self._running = False  # a launch is in flight
         self._drawn: mx.array | None = None  # tokens of the last plan, and where each slot's is
         self._drawn_rows: dict[int, int] = {}
+        self._seen: dict[int, int] = {}  # slot -> what it drew in the plan collected last
         self._last_collected = 0
         device = mx.device_info()
         self.info = BackendInfo(
@@ -77,7 +79,10 @@ class MlxBackend:
             device=f"{'Metal' if metal else 'CPU'}, {device['device_name']}", memory_bytes=_free_bytes(metal),
             dtype=str(self._kv_dtype).removeprefix("mlx.core."), memory_share=0.8 if metal else 0.25,
         )  # fmt: skip
-        self._note(find_mode(self._forward, self.model, self.info.block_tokens, self._kv_dtype))
+        probed = self._forward, self.model, self.info.block_tokens, self._kv_dtype
+        self._note(find_mode(*probed))
+        holds, sentence = promise(*probed, options.batch_invariant, metal)
+        self.info = replace(self.info, batch_invariant=holds, invariance=sentence)
 
     @property
     def pool(self) -> RowPool:
@@ -88,7 +93,7 @@ class MlxBackend:
     def allocate_kv(self, num_blocks: int, ring_blocks: tuple[int, ...] = ()) -> int:
         blocks = (num_blocks, *ring_blocks)
         self._check_size(blocks)
-        self._pool = RowPool(self.model, blocks, self.info.block_tokens, self._kv_dtype)
+        self._pool = self._new_pool(blocks)
         self._synchronous = not pools_stay(self._pool, self.model, self.submit)
         self._finish_trial()
         if self._synchronous:
@@ -103,37 +108,33 @@ class MlxBackend:
             self._swapped.check(self.pool, plan.moves)
             self._wait()
             swap_s = self._swapped.run(self.pool, plan.moves)
+        verified: list[mx.array] = []  # logits of the rows that guess, every token's
+        scores: list[Scores] = []
         for row in plan.rows:
-            tokens = row.tokens[:-1] if row.sample is not None else row.tokens
-            if tokens:
-                self._prefill(row, tokens)
-        sampling = [row for row in plan.rows if row.sample is not None]
-        if not sampling:
-            self._drawn, self._drawn_rows = None, {}
-            return MlxTicket(plan.step, plan.rows, [], None, None, None, swap_s)
+            tokens = row.tokens[:-1] if row.sample is not None and not row.drafts else row.tokens
+            if row.drafts:
+                verified.append(self._verify(row))
+            elif tokens:
+                scores += self._prefill(row, tokens)
+        sampling = [row for row in plan.rows if row.sample is not None and not row.drafts]
         # Sorted by where they lie: neighbours of equal capacity can share one attention call.
-        by_place = sorted(range(len(sampling)), key=lambda i: self._address(sampling[i].kv))
-        order = sorted(range(len(sampling)), key=by_place.__getitem__)
-        return self._decode(plan, [sampling[i] for i in by_place], order, swap_s)
+        sampling.sort(key=lambda row: self._address(row.kv))
+        guessing = [row for row in plan.rows if row.drafts]
+        if not sampling and not guessing:
+            self._drawn, self._drawn_rows = None, {}
+            return MlxTicket(plan.step, (), None, tuple(scores), swap_s)
+        found = self._draw(sampling, guessing, verified)
+        return MlxTicket(plan.step, _in_order(plan, sampling, guessing), found, tuple(scores), swap_s)
 
     def collect(self, ticket: MlxTicket) -> StepResult:
         if ticket.step <= self._last_collected:
             raise EngineError(f"step {ticket.step} was collected already")
         self._last_collected = ticket.step
-        if ticket.tokens is self._drawn:  # nothing was submitted since, so nothing has waited for it yet
+        if ticket.found is None or ticket.found.tokens is self._drawn:  # nothing submitted since has waited for it
             self._wait()
-        if ticket.tokens is None or ticket.broken is None:
-            return StepResult(ticket.step, (), ticket.swap_s)
-        tokens: Any = ticket.tokens.tolist()
-        broken: Any = ticket.broken.tolist()
-        sampling = [row for row in ticket.rows if row.sample is not None]
-        results = []
-        for row, place in zip(sampling, ticket.order, strict=True):
-            if broken[place]:
-                results.append(RowResult(row.seq_id, 0, error=BROKEN))
-            else:
-                results.append(_result(row, tokens[place], ticket.logprobs, place))
-        return StepResult(ticket.step, tuple(results), ticket.swap_s)
+        results = () if ticket.found is None else results_of(ticket.draws, ticket.found, self._seen)
+        self._seen = {draw.slot: result.token for draw, result in zip(ticket.draws, results, strict=True)}
+        return StepResult(ticket.step, results, ticket.swap_s, tuple(scores.result() for scores in ticket.scores))
 
     def reset(self) -> None:
         """Forget the plans in flight and the swapped copies. Pools that wait for a computation that cannot be done are
@@ -148,7 +149,7 @@ class MlxBackend:
             log.warning("the KV pools cannot be computed any more (%s); they are made anew", error)
             blocks = self.pool.num_blocks
             self._running, self._pool = False, None
-            self._pool = RowPool(self.model, blocks, self.info.block_tokens, self._kv_dtype)
+            self._pool = self._new_pool(blocks)
 
     def read_kv(self, kv: KVRows, num_tokens: int) -> list[LayerState]:
         self._wait()
@@ -189,6 +190,9 @@ class MlxBackend:
         self._swapped.clear()
         release_thread()
 
+    def _new_pool(self, num_blocks: tuple[int, ...]) -> RowPool:
+        return RowPool(self.model, num_blocks, self.info.block_tokens, self._kv_dtype, self._forward.ring_step)
+
     def _check_size(self, num_blocks: tuple[int, ...]) -> None:
         """MLX's CPU allocator crashes where it should refuse, so ask first."""
         sizes, block_tokens = self.model.pool_bytes_per_token, self.info.block_tokens
@@ -223,30 +227,48 @@ class MlxBackend:
         """Where a sequence lies in the first pool that any layer uses."""
         return (kv, *kv.rings)[self._ordering_pool].blocks[0]
 
-    def _prefill(self, row: PlanRow, tokens: tuple[int, ...]) -> None:
-        """Write the KV of a prompt chunk. Its logits are never computed: MLX evaluates only what is asked for."""
+    def _prefill(self, row: PlanRow, tokens: tuple[int, ...]) -> list[Scores]:
+        """Write the KV of a prompt chunk. Its logits are computed only if the row scores them: MLX evaluates only what
+        is asked for."""
+        logits = self._chunk(row, tokens)
+        scores = [] if row.score is None else [scores_of(row.seq_id, row.score, logits)]
+        self._launch([one.logprobs for one in scores])
+        return scores
+
+    def _verify(self, row: PlanRow) -> mx.array:
+        """Logits [tokens, vocabulary] of a row that guesses, in a launch of its own: it writes and reads the pools."""
+        logits = self._chunk(row, row.tokens).astype(mx.float32)
+        self._launch([logits])
+        return logits
+
+    def _chunk(self, row: PlanRow, tokens: tuple[int, ...]) -> mx.array:
         chunk = Chunk(self.pool, row.kv, row.start, len(tokens))
         if chunk.needs_read_back:
             self._wait()
             chunk.read_back()
-        self._forward.prefill(chunk, tokens)
-        self._launch([])
+        return self._forward.prefill(chunk, tokens)
 
-    def _decode(self, plan: StepPlan, rows: list[PlanRow], order: list[int], swap_s: float) -> MlxTicket:
-        positions = [row.start + len(row.tokens) - 1 for row in rows]
+    def _draw(self, rows: list[PlanRow], guessing: list[PlanRow], verified: list[mx.array]) -> Draws:
+        """The draws of `rows`, from the token that each feeds last, then those of the rows that guess."""
         specs = [row.sample for row in rows if row.sample is not None]
+        positions = [row.start + len(row.tokens) for row in rows]
         pending = [self._pending(row) if PENDING in row.tokens[-1:] or spec.penalised else None
                    for row, spec in zip(rows, specs, strict=True)]  # fmt: skip
-        tokens = self._input_tokens(rows)
-        logits = self._forward.decode(self.pool, rows, positions, tokens).astype(mx.float32)
-        drawn = sample(logits, specs, [p + 1 for p in positions], pending)
-        usable = mx.isfinite(mx.max(_bannable(logits, specs), axis=-1))  # a NaN is the maximum of its row
-        wants = any(spec.logprobs is not None for spec in specs)
-        logprobs = log_softmax(logits) if wants else None
-        broken = ~usable
-        self._launch([drawn, broken, *([] if logprobs is None else [logprobs])])
-        self._drawn, self._drawn_rows = drawn, {row.slot: i for i, row in enumerate(rows)}
-        return MlxTicket(plan.step, plan.rows, order, drawn, broken, logprobs, swap_s)
+        parts = verified
+        if rows:
+            fed = [position - 1 for position in positions]
+            parts = [self._forward.decode(self.pool, rows, fed, self._input_tokens(rows)).astype(mx.float32), *verified]
+        for row in guessing:
+            specs += row.draws
+            positions += range(row.start + 1, row.start + len(row.tokens) + 1)
+            pending += [None] * len(row.draws)
+        logits = mx.concatenate(parts) if len(parts) > 1 else parts[0]
+        if any(spec.mask is not None for spec in specs):
+            self._launch([logits])  # grammars work while the device does
+        found = draws_of(logits, specs, *draw(logits, specs, positions, pending))
+        self._launch(found.arrays)
+        self._drawn, self._drawn_rows = found.tokens, {row.slot: i for i, row in enumerate(rows)}
+        return found
 
     def _input_tokens(self, rows: list[PlanRow]) -> mx.array:
         """int32 [rows]: what each row feeds; a pending token is read from the draws of the last plan, on the device."""
@@ -299,32 +321,16 @@ def release_thread() -> None:
         mx.clear_streams()
 
 
-BROKEN = "no token can be drawn: the logits hold NaN or +inf, or every token is banned; the model may be broken"
-
-
-def _bannable(logits: mx.array, specs: list[SampleSpec]) -> mx.array:
-    """Logits with banned tokens at -inf: a row of nothing but bans has no finite maximum."""
-    if not any(spec.banned for spec in specs):
-        return logits
-    hit = mx.zeros(logits.shape, mx.bool_)
-    pairs = [(row, token) for row, spec in enumerate(specs) for token in spec.banned]
-    hit[mx.array([p[0] for p in pairs]), mx.array([p[1] for p in pairs])] = True
-    return mx.where(hit, -mx.inf, logits)
-
-
-def _result(row: PlanRow, token: int, logprobs: mx.array | None, place: int) -> RowResult:
-    assert row.sample is not None
-    count = row.sample.logprobs
-    if count is None or logprobs is None:
-        return RowResult(row.seq_id, token)
-    values = logprobs[place]
-    top: tuple[tuple[int, float], ...] = ()
-    if count:
-        # A few more than asked for, so that ties at the border go to the lowest ids as the definition says.
-        ids = mx.argpartition(-values, min(2 * count, values.size - 1))[: 2 * count + 1]
-        pairs = list(zip(ids.tolist(), values[ids].tolist(), strict=True))
-        top = tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:count])
-    return RowResult(row.seq_id, token, float(values[token].item()), top)
+def _in_order(plan: StepPlan, rows: list[PlanRow], guessing: list[PlanRow]) -> tuple[Draw, ...]:
+    """The draws in the order of the plan; their places are `rows`, one each, then those of `guessing`."""
+    first: dict[int, int] = {}  # slot -> place of its first draw
+    place = 0
+    for row in (*rows, *guessing):
+        first[row.slot] = place
+        place += len(row.draws)
+    return tuple(
+        Draw(row.seq_id, row.slot, spec, first[row.slot] + i) for row in plan.rows for i, spec in enumerate(row.draws)
+    )
 
 
 def _free_bytes(metal: bool) -> int:

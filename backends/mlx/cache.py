@@ -30,6 +30,14 @@ class _LayerCache:
         self.heads = pool.layers[layer].num_kv_heads
         self.planes = pool.keys[layer], pool.values[layer]
 
+    def _in_order(self, plane: Plane, span: Span, first: int, end: int) -> mx.array:
+        """Numbers [1, heads, end - first, dim] of a ring's positions first .. end - 1; of those that it no longer
+        holds, other ones."""
+        if end <= self.shape.slots:
+            return plane.view(span, first, end - first)
+        rows = row_index(span, self.heads, np.arange(first, end) % self.shape.slots)
+        return plane.decode(plane.take(rows))[None]
+
     def is_trimmable(self) -> bool:
         return False
 
@@ -67,7 +75,7 @@ class Chunk:
         for layer, spec in enumerate(self.pool.layers):
             number = self.pool.pool_of[layer]
             shape = self.pool.shapes[number]
-            positions = np.arange(shape.first_seen(self.start), self.start)
+            positions = np.arange(shape.first_read(self.start), self.start)
             if self.overwrites(number) and positions.size:
                 rows = row_index(self.spans[number], spec.num_kv_heads, positions % shape.slots)
                 self._old[layer] = self.pool.keys[layer].take(rows), self.pool.values[layer].take(rows)
@@ -99,15 +107,16 @@ class ChunkCache(_LayerCache):
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Any:
         start, window = self._chunk.start, self.window or window_size
-        if length == 1 and self.window is not None:
+        if length == 1 and self.window is not None and not self.shape.step:
             first, end = self.shape.in_view(start)
             if end - first <= self.window and not return_array:
                 return None
             return mx.array(self.shape.visible(np.array([[start]]), np.arange(first, end)))
-        if not return_array and (window is None or start + length <= window):
+        first = self.shape.first_read(start)
+        if not return_array and (window is None or start + length - first <= window):
             return None if length == 1 else "causal"
         queries = mx.arange(start, start + length)[:, None]
-        keys = mx.arange(self.shape.first_seen(start), start + length)[None]
+        keys = mx.arange(first, start + length)[None]
         mask = keys <= queries
         return mask if window is None else mask & (keys > queries - window)
 
@@ -123,7 +132,9 @@ class ChunkCache(_LayerCache):
         rows, stored = chunk.rows(self.number, self.heads), plane.encode(numbers)
         if not chunk.overwrites(self.number):
             plane.store(rows, stored)
-            first, end = self.shape.first_seen(chunk.start), chunk.end
+            first, end = self.shape.first_read(chunk.start), chunk.end
+            if self.shape.step:
+                return self._in_order(plane, chunk.spans[self.number], first, end)
             if chunk.length == 1:
                 first, end = self.shape.in_view(chunk.start)
             return plane.view(chunk.spans[self.number], first, end - first)
@@ -162,12 +173,17 @@ class Batch:
         """How the rows split into attention calls, and each call's mask; the same for all layers of one pool."""
         if number not in self._segments:
             spans = self.spans[number]
-            groups = _groups(spans) if self._grouped else [(row, 1) for row in range(len(spans))]
+            alike = self._grouped and not self.pool.shapes[number].step
+            groups = _groups(spans) if alike else [(row, 1) for row in range(len(spans))]
             self._segments[number] = [self._segment(number, first, count) for first, count in groups]
         return self._segments[number]
 
     def _segment(self, number: int, first: int, count: int) -> Segment:
         shape, positions = self.pool.shapes[number], self.positions[first : first + count]
+        if shape.step:
+            end, low = int(positions[0]) + 1, shape.first_read(int(positions[0]))
+            seen = np.arange(low, end)[None] >= shape.first_seen(end - 1)
+            return Segment(first, 1, low, end - low, None if seen.all() else seen)
         views = [shape.in_view(int(position)) for position in positions]
         low, high = min(start for start, _ in views), max(end for _, end in views)
         if high - low <= shape.window and len(set(views)) == 1:
@@ -177,8 +193,12 @@ class Batch:
     def gathered(self, number: int) -> npt.NDArray[np.int64]:
         """Positions [sequences, length] that a padded array holds; negative ones are padding."""
         ends = self.positions + 1
-        length = min(int(ends.max()), self.pool.shapes[number].window)
-        positions = np.maximum(ends - length, 0)[:, None] + np.arange(length)[None]
+        shape = self.pool.shapes[number]
+        length = min(int(ends.max()), shape.window + shape.step)
+        first = np.maximum(ends - length, 0)
+        if shape.step:
+            first = np.array([shape.first_read(int(position)) for position in self.positions])
+        positions = first[:, None] + np.arange(length)[None]
         return np.where(positions < ends[:, None], positions, -1)
 
     def gather_rows(self, number: int, heads: int) -> mx.array:
@@ -215,8 +235,9 @@ class BatchCache(_LayerCache):
             return None
         positions, last = self._batch.gathered(self.number), self._batch.positions[:, None]
         mask = (positions >= 0) & (positions <= last)
-        if self.window is None and window_size is not None:
-            mask &= positions > last - window_size
+        window = self.window or window_size
+        if window is not None:
+            mask &= positions > last - window
         return mx.array(mask)[:, None, None, :]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
@@ -230,6 +251,10 @@ class BatchCache(_LayerCache):
         if not batch.ragged:
             return plane.decode(plane.take(batch.gather_rows(self.number, self.heads)))
         segments, spans = batch.segments(self.number), batch.spans[self.number]
+        if self.shape.step:
+            return Ragged(
+                [self._in_order(plane, spans[s.first], s.start, s.start + s.length) for s in segments], segments
+            )
         return Ragged([plane.view(spans[s.first], s.start, s.length, s.rows) for s in segments], segments)
 
 

@@ -18,13 +18,15 @@ Mode = Literal["ragged", "gathered", "single"]
 class Forward:
     """Calls the model: builds the graph and, but for batches in mode "single", computes nothing."""
 
-    def __init__(self, model: nn.Module, mode: Mode, grouped: bool) -> None:
+    def __init__(self, model: nn.Module, mode: Mode, grouped: bool, ring_step: int = 0) -> None:
         self.model: Any = model
-        self.mode, self.grouped = mode, grouped
+        self.mode, self.grouped, self.ring_step = mode, grouped, ring_step
 
-    def prefill(self, chunk: Chunk, tokens: tuple[int, ...]) -> None:
-        """Add to the pool's graph what writes the KV of a prompt chunk. Nothing asks for the logits."""
-        self.model(mx.array([tokens], dtype=mx.int32), cache=chunk.caches())
+    def prefill(self, chunk: Chunk, tokens: tuple[int, ...]) -> mx.array:
+        """Add to the pool's graph what writes the KV of a prompt chunk. The logits [tokens, vocabulary] are computed if
+        somebody asks for them."""
+        logits: mx.array = self.model(mx.array([tokens], dtype=mx.int32), cache=chunk.caches())
+        return logits[0]
 
     def decode(self, pool: RowPool, rows: list[PlanRow], positions: list[int], tokens: mx.array) -> mx.array:
         """Logits [rows, vocabulary] of `tokens` int32 [rows] at `positions`, whose KV is written on the way."""

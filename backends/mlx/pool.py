@@ -39,10 +39,18 @@ class PoolShape(NamedTuple):
     num_blocks: int
     window: int
     slots: int
+    step: int = (
+        0  # keys are read in order of position, from a multiple of this on; 0: as they lie, which copies nothing
+    )
 
     def first_seen(self, position: int) -> int:
         """The first position that the query at `position` sees."""
         return max(0, position + 1 - self.window)
+
+    def first_read(self, position: int) -> int:
+        """The first position that is read for queries from `position` on; those before `first_seen` are masked."""
+        first = self.first_seen(position)
+        return first - first % self.step if self.step else first
 
     def in_view(self, position: int) -> tuple[int, int]:
         """(first, end) of the slots that hold all that the query at `position` sees."""
@@ -57,13 +65,16 @@ class PoolShape(NamedTuple):
 class RowPool:
     """K and V of every layer as planes of [tokens of the layer's pool * heads] rows."""
 
-    def __init__(self, model: ModelInfo, num_blocks: tuple[int, ...], block_tokens: int, dtype: mx.Dtype) -> None:
-        """`num_blocks` of each pool: the full-attention layers', then one number per window."""
+    def __init__(
+        self, model: ModelInfo, num_blocks: tuple[int, ...], block_tokens: int, dtype: mx.Dtype, ring_step: int = 0
+    ) -> None:
+        """`num_blocks` of each pool: the full-attention layers', then one number per window. `ring_step` is the `step`
+        of the rings."""
         self.layers, self.block_tokens, self.num_blocks = model.layers, block_tokens, num_blocks
         self.pool_of = [model.pool_of(layer) for layer in range(len(model.layers))]
-        rings = [(window, ring_tokens(window, block_tokens)) for window in model.windows]
+        rings = [(window, ring_tokens(window, block_tokens), ring_step) for window in model.windows]
         self.shapes = [
-            PoolShape(blocks, *ring) for blocks, ring in zip(num_blocks, [(NEVER, NEVER), *rings], strict=True)
+            PoolShape(blocks, *ring) for blocks, ring in zip(num_blocks, [(NEVER, NEVER, 0), *rings], strict=True)
         ]
         try:
             self.keys = [self._plane(model, layer, spec.key_dim, dtype) for layer, spec in enumerate(model.layers)]

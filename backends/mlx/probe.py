@@ -22,6 +22,8 @@ PROBE_TOLERANCE = 1e-3  # of the largest logit: separates a wrong mask or positi
 PROBE_TOKENS = (3, 18)  # unlike lengths, neither a multiple of anything
 PROBE_WINDOW = 64  # tokens; longer windows are not filled
 SELF_TEST_STEPS = 3
+RING_STEP = 16  # numbers that a CPU adds at once: what is masked before a window moves none to another lane
+CUTS = (None, 1, 7)  # pieces of the probe's prompts, in tokens; None: whole
 
 
 def find_mode(forward: Forward, model: ModelInfo, block_tokens: int, dtype: mx.Dtype) -> str | None:
@@ -71,16 +73,68 @@ def _probe_rows(model: ModelInfo, block_tokens: int) -> list[PlanRow]:
     ]
 
 
-def _logits(forward: Forward, model: ModelInfo, block_tokens: int, dtype: mx.Dtype, rows: list[PlanRow]) -> mx.array:
-    """float32 [rows, vocabulary] of the token after each row's prompt."""
+def ring_step(asked: bool | None, metal: bool, grouped: bool) -> int:
+    """`PoolShape.step` of the rings: how they lie depends on how a prompt was cut, and so does the order of their sums,
+    unless they are read in order of position. Rings that are to be read together are not, unless asked."""
+    return 0 if metal or asked is False or (asked is None and grouped) else RING_STEP
+
+
+def promise(
+    forward: Forward, model: ModelInfo, block_tokens: int, dtype: mx.Dtype, asked: bool | None, metal: bool
+) -> tuple[bool, str]:
+    """Does batch invariance hold, and the sentence for `BackendInfo.invariance`. But for rings (`ring_step`) there is
+    no other arithmetic to switch to, so this only finds out."""
+    if asked is False:
+        return False, "off: not tried; rings are read as they lie"
+    if metal:
+        return False, (
+            "not here: Metal's products choose their kernel by how many rows there are, and mlx-lm's models give no say"
+        )
+    if not same_bits(forward, model, block_tokens, dtype):
+        return False, (
+            f"not here: in the trial at load, rows of {model.architecture} had other bits together than alone, or in "
+            "pieces than whole; this MLX's BLAS rounds a row by how many there are, or rings are read as they lie"
+        )
+    return True, (
+        "tokens and logprobs are the same bits in any batch, chunked, preempted or with a prefix hit: this MLX's BLAS "
+        "sums every number of a product by itself in one order, rings are read in order of position, and a trial at "
+        "load confirmed it"
+    )
+
+
+def same_bits(forward: Forward, model: ModelInfo, block_tokens: int, dtype: mx.Dtype) -> bool:
+    """Have two rows the same logits together and alone, and with their prompts in one piece and in many?"""
+    rows = _probe_rows(model, block_tokens)
+    expected = _logits(forward, model, block_tokens, dtype, rows)
+    for cut in CUTS:
+        # Each row lies where it lay, so that the pools have their sizes.
+        alone = [_logits(forward, model, block_tokens, dtype, rows, cut, [row]) for row in rows]
+        if not mx.array_equal(expected, mx.concatenate(alone), equal_nan=True).item():
+            return False
+    return True
+
+
+def _logits(
+    forward: Forward, model: ModelInfo, block_tokens: int, dtype: mx.Dtype, rows: list[PlanRow],
+    cut: int | None = None, only: list[PlanRow] | None = None,
+) -> mx.array:  # fmt: skip
+    """float32 [rows, vocabulary] of the token after each row's prompt, or after those of `only`; prompts come in pieces
+    of `cut` tokens."""
     sizes = [sum(len(run.blocks) for run in runs) for runs in zip(*((r.kv, *r.kv.rings) for r in rows), strict=True)]
-    pool = RowPool(model, tuple(sizes), block_tokens, dtype)
+    pool = RowPool(model, tuple(sizes), block_tokens, dtype, forward.ring_step)
     vocab = model.vocab_size
-    for row in rows:
-        chunk = Chunk(pool, row.kv, 0, row.start)
-        forward.prefill(chunk, tuple((7 * i + 3) % vocab for i in range(row.start)))
-        finish(*pool.arrays)
-    logits = forward.decode(pool, rows, [row.start for row in rows], mx.array([5 % vocab, 6 % vocab]))
+    wanted = rows if only is None else only
+    for row in wanted:
+        step = row.start if cut is None else cut
+        for first in range(0, row.start, step):
+            end = min(first + step, row.start)
+            chunk = Chunk(pool, row.kv, first, end - first)
+            if chunk.needs_read_back:
+                chunk.read_back()
+            forward.prefill(chunk, tuple((7 * i + 3) % vocab for i in range(first, end)))
+            finish(*pool.arrays)
+    logits = forward.decode(pool, wanted, [row.start for row in wanted],
+                            mx.array([(5 + row.slot) % vocab for row in wanted]))  # fmt: skip
     mx.eval(logits)
     return logits.astype(mx.float32)
 

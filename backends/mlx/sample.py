@@ -1,4 +1,7 @@
-"""The draw on the device: `cortexstream.sampling` in MLX ops, all rows of a batch at once."""
+"""The draw on the device: `cortexstream.sampling` in MLX ops, all rows of a batch at once.
+
+Sums over the vocabulary are taken as the last of a cumulative sum, whose order does not depend on the other rows.
+"""
 
 from __future__ import annotations
 
@@ -8,50 +11,52 @@ import mlx.core as mx
 import numpy as np
 
 from cortexstream.plan import PENDING, SampleSpec
-from cortexstream.sampling import PHILOX_M, PHILOX_ROUNDS, PHILOX_W
+from cortexstream.sampling import PHILOX_M, PHILOX_ROUNDS, PHILOX_W, WORD
 
-LOW_WORD = 0xFFFFFFFF
+FEW = 1024  # a top-k up to this is found by partition, without sorting the vocabulary
+EVERYTHING = np.uint32(WORD)  # a word of a mask that allows all
 
 
-def sample(
+def draw(
     logits: mx.array, specs: Sequence[SampleSpec], positions: Sequence[int], pending: Sequence[mx.array | None]
-) -> mx.array:
-    """Draw one token per row, int32 [rows], from float32 logits [rows, vocabulary].
+) -> tuple[mx.array, mx.array]:
+    """Draw one token per row from float32 logits [rows, vocabulary]: tokens int32 [rows], broken bool [rows].
 
     `positions` are those of the drawn tokens. `pending[i]` is the token (scalar array) that PENDING stands for in row
-    i.
+    i. A row is broken if its logits with their bias hold NaN or +inf, or nothing finite; its token is 0. Each mask is
+    called once. Raises ValueError when a penalised row has a PENDING without its token.
     """
-    z = _penalise(_bias(logits, specs), specs, pending)
-    greedy = mx.argmax(z, axis=-1).astype(mx.int32)
-    hot = [spec.temperature != 0.0 for spec in specs]
-    if not any(hot):
-        return greedy
-    temperature = [spec.temperature if h else 1.0 for spec, h in zip(specs, hot, strict=True)]
-    z = _keep(z / _column(temperature), specs)
-    drawn = mx.argmax(z + noise(specs, positions, z.shape[1]), axis=-1).astype(mx.int32)
-    return drawn if all(hot) else mx.where(mx.array(hot), drawn, greedy)
+    z = _bias(logits, specs)
+    broken = ~mx.isfinite(mx.max(z, axis=-1))  # a NaN is the maximum of its row
+    z = _penalise(z, specs, pending)
+    tokens = mx.argmax(z, axis=-1).astype(mx.int32)
+    hot = [row for row, spec in enumerate(specs) if spec.temperature != 0.0]
+    if hot:
+        asked = [specs[row] for row in hot]
+        scores = _keep(_rows(z, hot) / _column([spec.temperature for spec in asked]), asked)
+        scores = scores + noise(asked, [positions[row] for row in hot], z.shape[1])
+        tokens[mx.array(hot)] = mx.argmax(scores, axis=-1).astype(mx.int32)
+    return mx.where(broken, 0, tokens), broken
 
 
 def noise(specs: Sequence[SampleSpec], positions: Sequence[int], vocab_size: int) -> mx.array:
     """Gumbel noise float32 [rows, vocabulary]; bit for bit the words of `cortexstream.sampling.noise`."""
-
-    def words(values: Sequence[int]) -> mx.array:
-        return mx.array(np.array(values, dtype=np.uint64))[:, None]
-
-    seeds = [spec.seed for spec in specs]
-    low, high = words([s & LOW_WORD for s in seeds]), words([s >> 32 & LOW_WORD for s in seeds])
-    zero = mx.zeros((len(specs), -(-vocab_size // 4)), mx.uint64)
-    c0, c1 = zero + mx.arange(zero.shape[1], dtype=mx.uint64)[None], zero + words(positions)
-    c2, c3 = zero + words([spec.sample_index for spec in specs]), zero
-    word, shift = mx.array(LOW_WORD, mx.uint64), mx.array(32, mx.uint64)
+    keys = [
+        [s.seed & WORD for s in specs], [s.seed >> 32 & WORD for s in specs], list(positions),
+        [s.sample_index for s in specs],
+    ]  # fmt: skip
+    low, high, c1, c2 = (mx.array(np.array(key, dtype=np.uint64))[:, None] for key in keys)
+    c0 = mx.arange(-(-vocab_size // 4), dtype=mx.uint64)[None]
+    c3 = mx.zeros((1, 1), mx.uint64)
+    word, shift = mx.array(WORD, mx.uint64), mx.array(32, mx.uint64)
     m0, m1, w0, w1 = (mx.array(v, mx.uint64) for v in (*PHILOX_M, *PHILOX_W))
     for _ in range(PHILOX_ROUNDS):
         p0, p1 = c0 * m0, c2 * m1
-        c0, c2 = (p1 >> shift) ^ c1 ^ low, (p0 >> shift) ^ c3 ^ high
+        c0, c2 = (p1 >> shift) ^ (c1 ^ low), (p0 >> shift) ^ (c3 ^ high)
         c1, c3 = p1 & word, p0 & word
         low, high = (low + w0) & word, (high + w1) & word
-    bits = mx.stack([c0, c1, c2, c3], axis=-1).reshape(len(specs), -1)[:, :vocab_size]
-    u = bits.astype(mx.uint32).astype(mx.float32) * 2.0**-32 + 2.0**-33
+    bits = mx.stack([c.astype(mx.uint32) for c in (c0, c1, c2, c3)], axis=-1).reshape(len(specs), -1)[:, :vocab_size]
+    u = bits.astype(mx.float32) * 2.0**-32 + 2.0**-33
     return -mx.log(-mx.log1p(-mx.minimum(u, 1 - 2.0**-24)))
 
 
@@ -64,7 +69,12 @@ def _column(values: Sequence[float]) -> mx.array:
     return mx.array(values, dtype=mx.float32)[:, None]
 
 
+def _rows(z: mx.array, rows: Sequence[int]) -> mx.array:
+    return z if len(rows) == z.shape[0] else z[mx.array(rows)]
+
+
 def _bias(z: mx.array, specs: Sequence[SampleSpec]) -> mx.array:
+    """Logits with their biases, -inf where a token is banned or outside of its row's mask."""
     biased = [(r, token, value) for r, spec in enumerate(specs) for token, value in spec.logit_bias]
     banned = [(r, token) for r, spec in enumerate(specs) for token in spec.banned]
     if biased:
@@ -75,16 +85,35 @@ def _bias(z: mx.array, specs: Sequence[SampleSpec]) -> mx.array:
         hit = mx.zeros(z.shape, mx.bool_)
         hit[rows, tokens] = True
         z = mx.where(hit, -mx.inf, z)
+    if any(spec.mask is not None for spec in specs):
+        z = mx.where(_allowed(specs, z.shape[1]), z, -mx.inf)
     return z
 
 
+def _allowed(specs: Sequence[SampleSpec], vocab_size: int) -> mx.array:
+    """What the masks allow, bool [rows, vocabulary]; their words are sent, not their bits."""
+    words = np.full((len(specs), -(-vocab_size // 32)), EVERYTHING)
+    for row, spec in enumerate(specs):
+        if spec.mask is not None:
+            words[row] = spec.mask()
+    bits = mx.array(words)[:, :, None] >> mx.arange(32, dtype=mx.uint32) & 1
+    return bits.reshape(len(specs), -1)[:, :vocab_size] == 1
+
+
 def _penalise(z: mx.array, specs: Sequence[SampleSpec], pending: Sequence[mx.array | None]) -> mx.array:
-    if not any(spec.penalised for spec in specs):
+    penalised = [row for row, spec in enumerate(specs) if spec.penalised]
+    if not penalised:
         return z
-    seen, counts = zip(
-        *(_history(spec, last, z.shape[1]) for spec, last in zip(specs, pending, strict=True)), strict=True
-    )
-    used, count = mx.stack(seen), mx.stack(counts)
+    known = [_known(spec) for spec in specs]
+    count = mx.zeros(z.shape).at[_pairs(penalised, known)].add(1.0)
+    for row in penalised:
+        last = pending[row]
+        if len(known[row]) < len(specs[row].output_tokens):
+            if last is None:
+                raise ValueError("a penalised row has a pending token, but its slot drew none")
+            count = count.at[row, last].add(1.0)
+    used = count > 0
+    used[_pairs(penalised, [spec.prompt_tokens for spec in specs])] = True
     repetition = _column([spec.repetition_penalty for spec in specs])
     z = mx.where(used, mx.where(z > 0, z / repetition, z * repetition), z)
     frequency = _column([spec.frequency_penalty for spec in specs])
@@ -92,35 +121,45 @@ def _penalise(z: mx.array, specs: Sequence[SampleSpec], pending: Sequence[mx.arr
     return z - frequency * count - presence * (count > 0)
 
 
-def _history(spec: SampleSpec, last: mx.array | None, vocab_size: int) -> tuple[mx.array, mx.array]:
-    """(which tokens occurred at all, how often each occurred in the output) of one row."""
-    known = [token for token in spec.output_tokens if token != PENDING]
-    count = mx.array(np.bincount(known, minlength=vocab_size).astype(np.float32))
-    if len(known) < len(spec.output_tokens):
-        if last is None:
-            raise ValueError("a penalised row has a pending token, but its slot drew none")
-        count = count.at[last].add(1.0)
-    prompt = np.zeros(vocab_size, bool)
-    prompt[list(spec.prompt_tokens)] = True
-    return mx.array(prompt) | (count > 0), count
+def _known(spec: SampleSpec) -> tuple[int, ...]:
+    """The output's tokens but for a PENDING, which may only be the last."""
+    return spec.output_tokens[:-1] if spec.output_tokens[-1:] == (PENDING,) else spec.output_tokens
+
+
+def _pairs(rows: Sequence[int], tokens: Sequence[tuple[int, ...]]) -> tuple[mx.array, mx.array]:
+    """Row and token of each of the rows' tokens, for use as an index."""
+    row = np.repeat(np.array(rows, np.int32), [len(tokens[row]) for row in rows])
+    return mx.array(row), mx.array(np.concatenate([np.array(tokens[row], np.int32) for row in rows]))
 
 
 def _keep(z: mx.array, specs: Sequence[SampleSpec]) -> mx.array:
-    vocab_size = z.shape[1]
     if any(spec.min_p > 0.0 for spec in specs):
         floor = _column([float(np.float32(np.log(s.min_p))) if s.min_p > 0.0 else -np.inf for s in specs])
         z = mx.where(z >= mx.max(z, axis=-1, keepdims=True) + floor, z, -mx.inf)
-    if not any(spec.top_p < 1.0 or 0 < spec.top_k < vocab_size for spec in specs):
+    cut = [row for row, spec in enumerate(specs) if spec.top_p < 1.0 or 0 < spec.top_k < z.shape[1]]
+    if not cut:
         return z
-    descending = -mx.sort(-z, axis=-1)
-    last = mx.array([(spec.top_k if 0 < spec.top_k < vocab_size else vocab_size) - 1 for spec in specs])[:, None]
-    threshold = mx.take_along_axis(descending, last, axis=-1)
-    if any(spec.top_p < 1.0 for spec in specs):
-        p = mx.exp(mx.where(descending >= threshold, descending, -mx.inf) - descending[:, :1])
-        p = p / mx.sum(p, axis=-1, keepdims=True)
-        # Rounding may lift the sum of all above 1; a row with top-p off keeps everything whatever the sum.
-        share = _column([spec.top_p if spec.top_p < 1.0 else np.inf for spec in specs])
-        kept = mx.sum(mx.cumsum(p, axis=-1) - p < share, axis=-1, keepdims=True)
-        crossing = mx.maximum(kept - 1, 0)  # a top-p that rounds to 0 still keeps the likeliest
-        threshold = mx.maximum(threshold, mx.take_along_axis(descending, crossing, axis=-1))
+    threshold = mx.full((z.shape[0], 1), -mx.inf)
+    threshold[mx.array(cut)] = _threshold(_rows(z, cut), [specs[row] for row in cut])
     return mx.where(z >= threshold, z, -mx.inf)
+
+
+def _threshold(z: mx.array, specs: Sequence[SampleSpec]) -> mx.array:
+    """The lowest score that top-k and top-p keep, float32 [rows, 1]."""
+    vocab_size = z.shape[1]
+    counts = [spec.top_k if 0 < spec.top_k < vocab_size else vocab_size for spec in specs]
+    # The k likeliest alone, if all rows have a top-k, and it is small.
+    likeliest = mx.topk(z, max(counts), axis=-1) if max(counts) <= min(FEW, vocab_size - 1) else z
+    descending = -mx.sort(-likeliest, axis=-1)
+    last = mx.array([count - 1 for count in counts])[:, None]
+    lowest = mx.take_along_axis(descending, last, axis=-1)
+    if all(spec.top_p == 1.0 for spec in specs):
+        return lowest
+    peak = descending[:, :1]
+    held = mx.cumsum(mx.exp(descending - peak), axis=-1)
+    ties = mx.sum(z >= lowest, axis=-1, keepdims=True) - 1 - last  # that top-k keeps beyond its k
+    mass = mx.take_along_axis(held, last, axis=-1) + ties * mx.exp(lowest - peak)
+    # A row with top-p off keeps everything whatever the sum.
+    share = _column([spec.top_p if spec.top_p < 1.0 else np.inf for spec in specs])
+    crossing = mx.minimum(mx.sum(held < share * mass, axis=-1, keepdims=True), last)
+    return mx.take_along_axis(descending, crossing, axis=-1)

@@ -8,12 +8,14 @@ the option `window` a second layer keeps its last entries in a ring, and every t
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import NamedTuple
 
 import numpy as np
 
 from cortexstream.backend import BackendInfo, BackendOptions, LayerKV, LayerState, ModelInfo, PackedKV, WarmupReport
 from cortexstream.errors import EngineError
+from cortexstream.outputs import TokenMetadata
 from cortexstream.plan import (
     PENDING,
     KVRows,
@@ -21,13 +23,17 @@ from cortexstream.plan import (
     Move,
     PlanRow,
     RowResult,
+    RowScores,
     SampleSpec,
+    Score,
     StepPlan,
     StepResult,
     SwapIn,
     SwapOut,
+    TokenScore,
     ring_tokens,
 )
+from cortexstream.sampling import unpack
 
 MASK = (1 << 64) - 1
 EMPTY = -1
@@ -48,15 +54,22 @@ def next_token(context: list[int], spec: SampleSpec, vocab_size: int, window: in
         entries.append(entry)
     for entry in entries[-window:] if window else ():
         summary = mix(summary, entry)
-    return draw(summary, len(context), spec, vocab_size)
+    return draw(summary, len(context), spec, vocab_size, banned_by(spec, vocab_size))
 
 
-def draw(summary: int, position: int, spec: SampleSpec, vocab_size: int) -> int:
+def draw(summary: int, position: int, spec: SampleSpec, vocab_size: int, banned: Set[int]) -> int:
     state = mix(mix(mix(summary, spec.seed), position), spec.sample_index) if spec.temperature else summary
     token = (state >> 16) % vocab_size
-    while token in spec.banned:
+    while token in banned:
         token = (token + 1) % vocab_size
     return token
+
+
+def banned_by(spec: SampleSpec, vocab_size: int) -> set[int]:
+    """The tokens that must not be drawn. The mask is looked at once."""
+    if spec.mask is None:
+        return set(spec.banned)
+    return {*spec.banned, *np.flatnonzero(~unpack(spec.mask(), vocab_size)).tolist()}
 
 
 class NullTicket(NamedTuple):
@@ -77,7 +90,8 @@ class NullBackend:
         layout = options.kv_layout or "run"
         self.info = BackendInfo(
             name="null", device="none", kv_layout=layout, block_tokens=options.block_tokens or 16,
-            memory_bytes=int(extra.pop("memory_bytes", 1 << 24)), dtype="int64",
+            memory_bytes=int(extra.pop("memory_bytes", 1 << 24)), dtype="int64", batch_invariant=True,
+            invariance="a token is drawn from whole numbers that its own sequence alone has written",
         )  # fmt: skip
         layers = (LayerKV(1, 2, 2),) if window is None else (LayerKV(1, 2, 2), LayerKV(1, 2, 2, self._window))
         self.model = ModelInfo(
@@ -108,10 +122,11 @@ class NullBackend:
         resolved = [self._resolve(row) for row in plan.rows]
         for row, tokens in zip(plan.rows, resolved, strict=True):  # every row writes before any row reads
             self._write(row, tokens)
-        results = [self._draw(row) for row in plan.rows if row.sample is not None]
-        slots = [row.slot for row in plan.rows if row.sample is not None]
-        self._drawn = {slot: result.token for slot, result in zip(slots, results, strict=True)}
-        return NullTicket(plan.step, StepResult(plan.step, tuple(results)))
+        drawing = [(row, self._draws(row)) for row in plan.rows if row.sample is not None]
+        self._drawn = {row.slot: results[-1].token for row, results in drawing if len(results) == 1}
+        drawn = tuple(result for _, results in drawing for result in results)
+        scores = tuple(self._score(row, row.score) for row in plan.rows if row.score is not None)
+        return NullTicket(plan.step, StepResult(plan.step, drawn, scores=scores))
 
     def collect(self, ticket: NullTicket) -> StepResult:
         if ticket.step <= self._last_collected:
@@ -164,18 +179,28 @@ class NullBackend:
             for pool in range(len(self._pools)):
                 self._pools[pool][self._address(row.kv, position, pool)] = entry
 
-    def _draw(self, row: PlanRow) -> RowResult:
-        assert row.sample is not None
-        if len(set(row.sample.banned)) >= self._vocab_size:
+    def _draws(self, row: PlanRow) -> list[RowResult]:
+        first = row.start + len(row.tokens) - len(row.draws) + 1
+        return [self._draw(row, spec, end) for end, spec in enumerate(row.draws, first)]
+
+    def _draw(self, row: PlanRow, spec: SampleSpec, end: int) -> RowResult:
+        """The draw for position `end`, from what is before it."""
+        banned = banned_by(spec, self._vocab_size)
+        if len(banned) >= self._vocab_size:
             return RowResult(row.seq_id, 0, error=f"all {self._vocab_size} tokens are banned; nothing can be drawn")
-        end = row.start + len(row.tokens)
         summary = 0
         for position in range(end):
             summary = mix(summary, self._read(row.kv, position))
         for position in range(max(0, end - self._window), end) if self._window else ():
             summary = mix(summary, self._read(row.kv, position, 1))
-        token = draw(summary, end, row.sample, self._vocab_size)
-        return RowResult(row.seq_id, token, None if row.sample.logprobs is None else -float(token))
+        token = draw(summary, end, spec, self._vocab_size, banned)
+        metadata = TokenMetadata(0.0, 1.0, len(banned)) if spec.metadata else None
+        return RowResult(row.seq_id, token, None if spec.logprobs is None else -float(token), metadata=metadata)
+
+    def _score(self, row: PlanRow, score: Score) -> RowScores:
+        """A target's logprob is minus what KV is read before it, so a wrong place shows."""
+        entries = [self._read(row.kv, row.start + i) % 1000 for i in range(len(score.targets))]
+        return RowScores(row.seq_id, tuple(TokenScore(-float(entry), ()) for entry in entries))
 
     def _execute(self, op: MemoryOp) -> None:
         if isinstance(op, Move):

@@ -26,16 +26,22 @@ from cortexstream.backends.common.draw import draw_rows
 from cortexstream.backends.common.kv_format import kv_quantization
 from cortexstream.backends.common.kv_memory import KVMemory
 from cortexstream.backends.common.memory import host_memory_bytes
+from cortexstream.backends.common.score import score_tokens
 from cortexstream.backends.reference.attend import Span, StepAttention
 from cortexstream.backends.reference.model import Model
 from cortexstream.backends.reference.settings import Settings, settings_from
 from cortexstream.backends.reference.store import make_store
 from cortexstream.errors import EngineError, InvalidRequestError, ModelLoadError
-from cortexstream.plan import PENDING, KVRows, PlanRow, RowResult, SampleSpec, StepPlan, StepResult
+from cortexstream.plan import PENDING, KVRows, PlanRow, RowResult, RowScores, SampleSpec, StepPlan, StepResult
 
 Floats = npt.NDArray[np.float32]
 
 BLOCK_TOKENS = 16
+APART = (
+    "tokens and logprobs are the same bits in any batch, chunked, preempted or with a prefix hit: every token is "
+    "multiplied by itself, and attends by itself to exactly what it sees"
+)
+TOGETHER = "off: a step's tokens are multiplied together, and how many they are decides how a product rounds"
 MAX_IN_FLIGHT = 2  # one plan whose tokens are not read yet, and the one after it
 
 
@@ -85,8 +91,9 @@ class ReferenceBackend:
     def __init__(self, folder: Path, options: BackendOptions) -> None:
         config = read_config(folder)
         settings = settings_from(config)
+        apart = options.batch_invariant is not False  # also where that costs much: this backend says what is right
         eos = eos_token_ids(folder, config)
-        self._model: Model | None = Model(settings, dense_weights(read_weights(folder), config))
+        self._model: Model | None = Model(settings, dense_weights(read_weights(folder), config), apart)
         self.model = _model_info(settings, eos, self._model.weight_bytes, options.kv_dtype)
         self.info = BackendInfo(
             name="reference",
@@ -96,12 +103,14 @@ class ReferenceBackend:
             memory_bytes=host_memory_bytes(),
             dtype="float32",
             memory_share=0.25,  # the host has other work, too
+            batch_invariant=apart,
+            invariance=TOGETHER if not apart else APART,
         )
         self._settings = settings
         self._memory: KVMemory | None = None
         self._in_flight: deque[ReferenceTicket] = deque()
         self._last_step: int | None = None
-        self._drawn: dict[int, RowResult] = {}  # slot -> what it drew in the plan submitted last
+        self._drawn: dict[int, RowResult] = {}  # slot -> what it drew in the plan submitted last, if that was one token
 
     def allocate_kv(self, num_blocks: int, ring_blocks: tuple[int, ...] = ()) -> int:
         """Make the zero-filled KV pools; returns their bytes. Raises OutOfMemoryBudgetError, EngineError if misused."""
@@ -119,9 +128,9 @@ class ReferenceBackend:
             raise EngineError(f"step {plan.step} was submitted while {MAX_IN_FLIGHT} steps wait to be collected")
         if self._last_step is not None and plan.step <= self._last_step:
             raise EngineError(f"step {plan.step} was submitted after step {self._last_step}; steps must rise")
-        results, swap_s = self._run(plan)
-        ticket = ReferenceTicket(plan.step, StepResult(plan.step, tuple(results.values()), swap_s))
-        self._drawn, self._last_step = results, plan.step
+        result = self._run(plan)
+        ticket = ReferenceTicket(plan.step, result)
+        self._last_step = plan.step
         self._in_flight.append(ticket)
         return ticket
 
@@ -176,15 +185,17 @@ class ReferenceBackend:
         self._model = self._memory = None
         self._in_flight.clear()
 
-    def _run(self, plan: StepPlan) -> tuple[dict[int, RowResult], float]:
-        """One step: check, moves, forward, draws. Returns slot -> result in the order of the plan, and swap seconds."""
+    def _run(self, plan: StepPlan) -> StepResult:
+        """One step: check, moves, forward, draws."""
         memory = self._ready()
         live, failed = self._resolve(plan, memory)
         memory.check_ops(plan.moves)
         swap_s = memory.execute(plan.moves)
-        drawn = self._draw(live, self._forward(live, memory)) if live else {}
-        found = {**drawn, **failed}
-        return {row.slot: found[row.slot] for row in plan.rows if row.sample is not None}, swap_s
+        hidden = self._forward(live, memory) if live else np.zeros((0, 0), np.float32)
+        drawn = {**self._draw(live, hidden), **{slot: [result] for slot, result in failed.items()}}
+        self._drawn = {slot: results[0] for slot, results in drawn.items() if len(results) == 1}
+        rows = tuple(result for row in plan.rows if row.sample is not None for result in drawn[row.slot])
+        return StepResult(plan.step, rows, swap_s, self._score(live, hidden))
 
     def _resolve(self, plan: StepPlan, memory: KVMemory) -> tuple[list[LiveRow], dict[int, RowResult]]:
         """Put drawn tokens for PENDING. A row whose last draw failed fails too, and alone; the others are live."""
@@ -233,15 +244,31 @@ class ReferenceBackend:
         spans = [Span(item.row.kv, item.row.start, item.where) for item in live]
         return self._loaded().hidden(tokens, positions, StepAttention(memory, spans, self._settings.head_dim**-0.5))
 
-    def _draw(self, live: Sequence[LiveRow], hidden: Floats) -> dict[int, RowResult]:
-        """Logits and draws of the rows that sample, each from its last token."""
-        rows = [(item, item.row.sample) for item in live if item.row.sample is not None]
-        if not rows:
+    def _draw(self, live: Sequence[LiveRow], hidden: Floats) -> dict[int, list[RowResult]]:
+        """Slot -> draws, each from one of the row's last tokens."""
+        wanted: list[tuple[LiveRow, int, SampleSpec]] = []  # (row, index of the token in the row, how to draw after it)
+        for item in live:
+            first = len(item.tokens) - len(item.row.draws)
+            wanted += [(item, first + i, spec) for i, spec in enumerate(item.row.draws)]
+        if not wanted:
             return {}
-        logits = self._loaded().logits(hidden[[item.where.stop - 1 for item, _ in rows]])
-        positions = [item.row.start + len(item.tokens) for item, _ in rows]
-        drawn = draw_rows(logits, [spec for _, spec in rows], positions)
-        return {item.row.slot: RowResult(item.row.seq_id, *draw) for (item, _), draw in zip(rows, drawn, strict=True)}
+        logits = self._loaded().logits(hidden[[item.where.start + index for item, index, _ in wanted]])
+        positions = [item.row.start + index + 1 for item, index, _ in wanted]
+        drawn = draw_rows(logits, [spec for _, _, spec in wanted], positions)
+        results: dict[int, list[RowResult]] = {}
+        for (item, _, _), draw in zip(wanted, drawn, strict=True):
+            results.setdefault(item.row.slot, []).append(RowResult(item.row.seq_id, *draw))
+        return results
+
+    def _score(self, live: Sequence[LiveRow], hidden: Floats) -> tuple[RowScores, ...]:
+        """Of the rows that ask how likely the prompt's own tokens are."""
+        scores = []
+        for item in live:
+            if item.row.score is not None:
+                first = item.where.start
+                logits = self._loaded().logits(hidden[first : first + len(item.row.score.targets)])
+                scores.append(RowScores(item.row.seq_id, score_tokens(logits, item.row.score)))
+        return tuple(scores)
 
     def _loaded(self) -> Model:
         if self._model is None:

@@ -1,8 +1,8 @@
 """The Llama family in numpy: embedding, layers of attention and gated MLP, final norm, output layer.
 
 The model knows neither a cache nor who shares a step with whom: tokens come flat, each with its position, and `attend`
-does what needs the past. Every token is multiplied by a weight by itself (`linear`), so its numbers are the same bits
-whoever its neighbours are and however its prompt was cut.
+does what needs the past. With `apart`, every token is multiplied by a weight by itself (`Linear`), so its numbers are
+the same bits whoever its neighbours are and however its prompt was cut.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ class Linear:
 
     weight: Floats
     bias: Floats | None
+    apart: bool  # multiply one token at a time?
 
     def __call__(self, x: Floats) -> Floats:
-        """x [N, in] -> [N, out], one matrix-vector product per token: a matrix-matrix product would round a token's
-        numbers differently depending on how many tokens there are."""
-        y: Floats = np.matmul(self.weight, x[:, :, None])[:, :, 0]
+        """x [N, in] -> [N, out], with `apart` one matrix-vector product per token: a matrix-matrix product rounds a
+        token's numbers differently depending on how many tokens there are."""
+        y: Floats = np.matmul(self.weight, x[:, :, None])[:, :, 0] if self.apart else x @ self.weight.T
         return y if self.bias is None else y + self.bias
 
 
@@ -59,15 +60,16 @@ class Layer:
 class Model:
     """The weights and what is computed with them. Raises ModelLoadError for a missing, misshapen or unknown tensor."""
 
-    def __init__(self, settings: Settings, weights: dict[str, Floats]) -> None:
+    def __init__(self, settings: Settings, weights: dict[str, Floats], apart: bool = True) -> None:
         self.settings = settings
-        take = _Taker(weights)
+        take = _Taker(weights, apart)
         s = settings
         self._embedding = take("model.embed_tokens.weight", s.vocab_size, s.hidden_size)
         self._layers = [_take_layer(take, s, f"model.layers.{number}") for number in range(len(s.windows))]
         self._norm = take("model.norm.weight", s.hidden_size)
         tied = "lm_head.weight" not in weights if s.tied is None else s.tied
-        self._output = Linear(self._embedding if tied else take("lm_head.weight", s.vocab_size, s.hidden_size), None)
+        output = self._embedding if tied else take("lm_head.weight", s.vocab_size, s.hidden_size)
+        self._output = Linear(output, None, apart)
         self.weight_bytes = take.taken_bytes
         # Both are redundant copies that some tools write.
         known = {"lm_head.weight"} if tied else set()
@@ -117,8 +119,8 @@ def silu(x: Floats) -> Floats:
 class _Taker:
     """Takes tensors out of a dict one by one, so that what is left over is known; checks their shapes."""
 
-    def __init__(self, weights: dict[str, Floats]) -> None:
-        self._weights = weights
+    def __init__(self, weights: dict[str, Floats], apart: bool) -> None:
+        self._weights, self._apart = weights, apart
         self.taken_bytes = 0
 
     def __call__(self, name: str, *shape: int) -> Floats:
@@ -132,7 +134,7 @@ class _Taker:
 
     def linear(self, name: str, outputs: int, inputs: int, bias: bool) -> Linear:
         weight = self(f"{name}.weight", outputs, inputs)
-        return Linear(weight, self(f"{name}.bias", outputs) if bias else None)
+        return Linear(weight, self(f"{name}.bias", outputs) if bias else None, self._apart)
 
 
 def _take_layer(take: _Taker, s: Settings, name: str) -> Layer:

@@ -92,6 +92,7 @@ def describe_llm(llm: LLM) -> dict[str, Any]:
             "longest_tokens": limits.max_tokens,
             "longest_reason": limits.reason,
         },
+        "batch_invariance": {"on": info.batch_invariant, "why": info.invariance},
         "fallbacks": list(llm.notes),
     }  # fmt: skip
 
@@ -190,8 +191,14 @@ def _model_lines(report: dict[str, Any]) -> list[str]:
         f"{memory['blocks']} blocks of {memory['block_tokens']} tokens, {size(memory['kv_bytes_per_token'])} a token, "
         f"enough for {memory['blocks'] * memory['block_tokens']} tokens of up to {memory['sequences']} sequences",
         f"longest sequence: {memory['longest_tokens']} tokens ({memory['longest_reason']})",
+        f"batch invariance: {_invariance(report['batch_invariance'])}",
         f"fallbacks: {'; '.join(report['fallbacks']) or 'none'}",
     ]
+
+
+def _invariance(told: dict[str, Any]) -> str:
+    """A sentence that does not hold begins with off, or with not here."""
+    return f"on, {told['why']}" if told["on"] else str(told["why"])
 
 
 def _picture_lines(arena: dict[str, Any]) -> list[str]:

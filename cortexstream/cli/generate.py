@@ -61,6 +61,10 @@ def generate(
     seed: options.Seed = None,
     max_tokens: options.MaxTokens = 256,
     stop: options.Stop = None,
+    json_schema: options.JsonSchema = None,
+    regex: options.Regex = None,
+    choice: options.Choice = None,
+    grammar: options.Grammar = None,
     n: Annotated[int, typer.Option("--n", rich_help_panel=options.SAMPLING, help="Completions per prompt.")] = 1,
     chat: Annotated[bool, typer.Option("--chat/--raw", help="Put each prompt into the model's chat template.")] = False,
     stream: Annotated[
@@ -72,6 +76,8 @@ def generate(
     kv_cache_memory: options.KVCacheMemory = None,
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = None,
+    speculative_tokens: options.SpeculativeTokens = None,
+    draft_model: options.DraftModel = None,
 ) -> None:
     """Complete one prompt or several, as one batch.
 
@@ -80,10 +86,13 @@ def generate(
     texts = read_prompts(prompts)
     sampling = SamplingParams(
         n=n, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, max_tokens=max_tokens,
-        stop=tuple(stop or ()),
+        stop=tuple(stop or ()), **options.form_of(json_schema, regex, choice, grammar),
     )  # fmt: skip
     started = perf_counter()
-    with options.load_llm(model, backend, dtype, kv_cache_memory, max_model_len, max_num_seqs) as llm:
+    loading = options.load_llm(
+        model, backend, dtype, kv_cache_memory, max_model_len, max_num_seqs, speculative_tokens, draft_model
+    )
+    with loading as llm:
         loaded = perf_counter()
         asked = ask(llm, texts, chat)
         if stream and not as_json and len(texts) == n == 1:
@@ -219,6 +228,12 @@ def stats_line(llm: LLM, all_ended: list[Ended], load_s: float, run_s: float) ->
         f"{llm.info.name} on {llm.info.device}: loaded in {load_s:.2f} s; {sum(prompts.values())} prompt tokens, "
         f"{tokens} generated in {run_s:.2f} s, {tokens / run_s:.1f} tokens/s; {engine.steps} steps, "
         f"{engine.preemptions} preemptions"
+        + (
+            f"; {engine.acceptance_rate:.0%} of {engine.drafted_tokens} guesses right, "
+            f"{engine.tokens_per_drafted_row:.2f} tokens per row with guesses"
+            if engine.drafted_rows
+            else ""
+        )
     )
 
 

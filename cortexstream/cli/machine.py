@@ -13,8 +13,8 @@ from cortexstream.config import EngineConfig, backend_from_environment
 from cortexstream.platform import REAL, Probe, choose, probe
 
 PACKAGES = (
-    "numpy", "mlx", "mlx-metal", "mlx-cpu", "mlx-lm", "torch", "triton", "transformers", "tokenizers", "sentencepiece",
-    "safetensors",
+    "numpy", "mlx", "mlx-metal", "mlx-cpu", "mlx-lm", "torch", "triton", "transformers", "tokenizers",
+    "sentencepiece", "safetensors", "llguidance",
 )  # fmt: skip
 ORDER = "the first that can run of: mlx on Metal, cuda on a GPU, mlx on a CPU, cuda on a CPU, reference"
 

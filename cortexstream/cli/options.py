@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cortexstream.config import BACKENDS
+from cortexstream.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from cortexstream.llm import LLM
@@ -70,6 +72,62 @@ Stop = Annotated[
 ]
 
 
+FORM = "Form of the output (at most one)"
+JsonSchema = Annotated[
+    str | None,
+    typer.Option(
+        "--json-schema", metavar="FILE", rich_help_panel=FORM,
+        help="JSON that this schema allows; - is any JSON object.",
+    ),
+]  # fmt: skip
+Regex = Annotated[
+    str | None, typer.Option("--regex", metavar="PATTERN", rich_help_panel=FORM, help="Text that matches, as a whole.")
+]
+Choice = Annotated[
+    list[str] | None,
+    typer.Option("--choice", metavar="TEXT", rich_help_panel=FORM, help="One of these texts; give several."),
+]
+Grammar = Annotated[
+    str | None,
+    typer.Option("--grammar", metavar="FILE", rich_help_panel=FORM, help="Text of this grammar, in Lark's notation."),
+]
+SpeculativeTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--speculative-tokens", metavar="N", rich_help_panel=ENGINE, show_default="off",
+        help="Guess N tokens ahead, from what the text repeats or by --draft-model; the output stays the same.",
+    ),
+]  # fmt: skip
+DraftModel = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-model", metavar="FOLDER|ID", rich_help_panel=ENGINE, show_default="none",
+        help="A smaller model with the same vocabulary, which guesses for --speculative-tokens.",
+    ),
+]  # fmt: skip
+
+
+def form_of(
+    json_schema: str | None, regex: str | None, choice: list[str] | None, grammar: str | None
+) -> dict[str, Any]:
+    """The sampling parameters that say what the output must be. Raises InvalidRequestError for a file that cannot be
+    read."""
+    response_format: dict[str, Any] | str | None = None
+    if json_schema is not None:
+        response_format = {"type": "json_object"} if json_schema == "-" else _read("--json-schema", json_schema)
+    return {
+        "response_format": response_format, "regex": regex, "choice": choice or None,
+        "grammar": None if grammar is None else _read("--grammar", grammar),
+    }  # fmt: skip
+
+
+def _read(option: str, file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(option, f"{file} cannot be read: {error}") from error
+
+
 def load_llm(
     model: str | None,
     backend: str,
@@ -77,11 +135,16 @@ def load_llm(
     kv_cache_memory: str | None,
     max_model_len: int | None,
     max_num_seqs: int | None,
+    speculative_tokens: int | None = None,
+    draft_model: str | None = None,
 ) -> LLM:
     """Load the model; what was not given keeps the engine's default. Raises as `LLM` does."""
     from cortexstream.llm import LLM
 
+    speculative = {"num_speculative_tokens": speculative_tokens, "model": draft_model}
+    given_speculative = {name: value for name, value in speculative.items() if value is not None}
     asked: dict[str, Any] = {
+        "speculative_config": given_speculative or None,
         "kv_cache_memory": kv_cache_memory,
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,

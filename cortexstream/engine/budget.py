@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from cortexstream.backend import Backend
 from cortexstream.config import EngineConfig
 from cortexstream.errors import OutOfMemoryBudgetError
 from cortexstream.kv import KVArena, Ring
+from cortexstream.limits import Limits
 from cortexstream.plan import ring_tokens
-from cortexstream.scheduler import Limits
 
 TYPICAL_WINDOWS = 4  # full-attention tokens per ring token: sequences of four windows use up both pools alike
 SWAP_SHARE, MAX_SWAP_BYTES = 0.25, 4 << 30
@@ -71,6 +72,17 @@ def limits_of(backend: Backend, config: EngineConfig, arena: KVArena) -> Limits:
     return Limits(
         model.vocab_size, longest, reason, model.eos_token_ids, config.max_num_seqs, config.max_num_batched_tokens
     )
+
+
+def split(target: Backend, draft: Backend, config: EngineConfig) -> tuple[EngineConfig, EngineConfig]:
+    """What `config` is for a model and for one that drafts for it: both hold keys and values of as many tokens."""
+    if config.num_kv_blocks is not None:
+        tokens = config.num_kv_blocks * target.info.block_tokens
+        return config, replace(config, num_kv_blocks=-(-tokens // draft.info.block_tokens))
+    budget = _budget(draft, config)  # it was loaded last: what is free now is free after both models' weights
+    mine, its = target.model.kv_bytes_per_token, draft.model.kv_bytes_per_token
+    share = budget * its // (mine + its)
+    return replace(config, kv_cache_memory=max(1, budget - share)), replace(config, kv_cache_memory=max(1, share))
 
 
 def _budget(backend: Backend, config: EngineConfig) -> int:

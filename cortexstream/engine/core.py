@@ -15,6 +15,7 @@ from cortexstream.kv import KVArena
 from cortexstream.plan import PENDING, PlanRow, StepPlan, StepResult, SwapIn, SwapOut
 from cortexstream.request import FinishReason, Request
 from cortexstream.scheduler import Scheduler, TokenEvent
+from cortexstream.speculation import Drafter
 from cortexstream.swap import SwapPolicy
 
 log = logging.getLogger("cortexstream.engine")
@@ -31,9 +32,10 @@ class EngineCore:
 
     One plan is in flight: `step` submits plan t+1 before it reads the tokens of plan t, so the device works while the
     host appends, detokenises and schedules. A sequence that turns out to have ended costs one row of the next step.
+    While a sequence runs whose rows depend on what it drew (a grammar, guesses) the tokens of plan t are read first.
     """
 
-    def __init__(self, backend: Backend, config: EngineConfig) -> None:
+    def __init__(self, backend: Backend, config: EngineConfig, drafter: Drafter | None = None) -> None:
         self.backend = backend
         foreign = [token for token in backend.model.eos_token_ids if not 0 <= token < backend.model.vocab_size]
         if foreign:
@@ -49,18 +51,25 @@ class EngineCore:
         )  # fmt: skip
         self.notes: tuple[str, ...] = ()
         if config.enable_prefix_caching and not self.arena.prefix_caching:
-            self.notes = ("prefixes are not reused: this model's sliding windows are kept in rings of pages",)
-            log.warning("%s", self.notes[0])
+            self._note("prefixes are not reused: this model's sliding windows are kept in rings of pages")
+        if config.batch_invariant and not backend.info.batch_invariant:
+            self._note(f"batch_invariant was asked for and cannot be had: {backend.info.invariance}")
         self.limits = limits_of(backend, config, self.arena)
         self.swap = SwapPolicy(
             backend.model, backend.info.block_tokens, swap_budget_bytes(config, self.kv_bytes), config.preemption_mode
         )
-        self.scheduler = Scheduler(self.arena, self.limits, self.swap)
+        self.scheduler = Scheduler(self.arena, self.limits, self.swap, drafter=drafter)
+        self.kv_bytes += 0 if drafter is None else drafter.kv_bytes
         self._sinks: dict[int, Sink] = {}
         self._ticket: Ticket | None = None
         self._steps = self._prompt_tokens = self._output_tokens = self._finished = self._failed = 0
         self._host_s = self._backend_s = 0.0
         self._swap_bytes: dict[int, int] = {}  # step in flight -> bytes that it swaps
+
+    def _note(self, note: str) -> None:
+        """Tell of a fallback."""
+        log.warning("%s", note)
+        self.notes += (note,)
 
     @property
     def has_work(self) -> bool:
@@ -83,11 +92,16 @@ class EngineCore:
         in_backend = 0.0
         prompt_tokens = self._prompt_tokens
         try:
+            if self._ticket is not None and self.scheduler.waits_for_draws:
+                last, self._ticket = self._ticket, None
+                drawn = self.backend.collect(last)
+                in_backend = perf_counter() - started
+                self._commit(drawn)
             plan = self.scheduler.plan()
             entered = perf_counter()
             ticket = self.backend.submit(plan) if plan is not None else None
             result = self.backend.collect(self._ticket) if self._ticket is not None else None
-            in_backend = perf_counter() - entered
+            in_backend += perf_counter() - entered
             self._ticket = ticket
             if plan is not None:
                 self._count(plan)
@@ -152,7 +166,7 @@ class EngineCore:
         return EngineStats(
             self._steps, self._prompt_tokens, self._output_tokens, self._finished, self._failed,
             self.scheduler.preemptions, self.scheduler.swaps, self.scheduler.num_waiting, self.scheduler.num_running,
-            self._host_s, self._backend_s, self._moved_bytes(), self.arena.stats(),
+            self._host_s, self._backend_s, self._moved_bytes(), self.arena.stats(), *self._speculated(),
         )  # fmt: skip
 
     def check(self) -> None:
@@ -162,6 +176,8 @@ class EngineCore:
             raise EngineError(f"{self.arena.used_blocks} blocks are held by no request")
 
     def close(self) -> None:
+        if self.scheduler.speculation is not None:
+            self.scheduler.speculation.drafter.close()
         self.backend.close()
 
     def warmup(self, prompt_tokens: int, batch: int) -> WarmupReport:
@@ -169,7 +185,15 @@ class EngineCore:
         if self.has_work:
             raise EngineError("warmup needs an idle engine; requests are running")
         self.arena.clear()
-        return self.backend.warmup(prompt_tokens, batch)
+        report = self.backend.warmup(prompt_tokens, batch)
+        if self.scheduler.speculation is None:
+            return report
+        return WarmupReport(report.steps + self.scheduler.speculation.drafter.warmup(prompt_tokens, batch).steps)
+
+    def _speculated(self) -> tuple[int, int, int]:
+        """Rows with guesses, guessed tokens, and those that were right."""
+        counted = self.scheduler.speculation
+        return (counted.rows, counted.drafted_tokens, counted.accepted_tokens) if counted is not None else (0, 0, 0)
 
     def _moved_bytes(self) -> int:
         stats, sizes = self.arena.stats(), self.backend.model.pool_bytes_per_token

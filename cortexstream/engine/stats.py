@@ -24,3 +24,16 @@ class EngineStats:
     backend_s: float  # spent inside the backend's submit and collect
     moved_bytes: int  # KV copied on the device by growth, compaction, prefix hits and forks
     arena: ArenaStats
+    drafted_rows: int = 0  # rows of decoding sequences that guessed ahead
+    drafted_tokens: int = 0  # their guesses
+    accepted_tokens: int = 0  # guesses that were what was drawn
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the guesses that were right; 0 without guesses."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
+
+    @property
+    def tokens_per_drafted_row(self) -> float:
+        """Tokens that a row with guesses draws, the one that it would draw anyway included; 0 without such rows."""
+        return 1.0 + self.accepted_tokens / self.drafted_rows if self.drafted_rows else 0.0

@@ -14,11 +14,13 @@ from typing import TypeVar
 
 from cortexstream.backend import Backend
 from cortexstream.config import EngineConfig
+from cortexstream.constraint import Constraint
 from cortexstream.engine.core import EngineCore, Sink
+from cortexstream.engine.drafting import make_core
 from cortexstream.engine.stats import EngineStats
 from cortexstream.errors import EngineError
+from cortexstream.limits import check_request
 from cortexstream.request import Request, SamplingParams
-from cortexstream.scheduler import check_request
 
 log = logging.getLogger("cortexstream.engine")
 T = TypeVar("T")
@@ -29,10 +31,13 @@ SPLITMIX = 0x9E3779B97F4A7C15
 class EngineThread:
     """Thread-safe face of an EngineCore. Array libraries keep per-thread state, so one thread owns every call to them.
 
-    `load` makes the backend and runs on that thread; what it raises is raised here.
+    `load` makes the backend and runs on that thread, and so does `load_draft` for a model that drafts; what they raise
+    is raised here.
     """
 
-    def __init__(self, load: Callable[[], Backend], config: EngineConfig) -> None:
+    def __init__(
+        self, load: Callable[[], Backend], config: EngineConfig, load_draft: Callable[[], Backend] | None = None
+    ) -> None:
         self.config = config
         self._ids = itertools.count()
         self._seed = secrets.randbits(64) if config.seed is None else config.seed
@@ -40,7 +45,9 @@ class EngineThread:
         self._closing = False
         self._lock = threading.Lock()
         ready: Future[EngineCore] = Future()
-        self._thread = threading.Thread(target=self._main, args=(load, ready), name="cortexstream-engine", daemon=True)
+        self._thread = threading.Thread(
+            target=self._main, args=(load, load_draft, ready), name="cortexstream-engine", daemon=True
+        )
         self._thread.start()
         try:
             core = ready.result()
@@ -52,13 +59,16 @@ class EngineThread:
             core.backend.info, core.backend.model, core.limits, core.kv_bytes, core.backend.info.notes + core.notes,
         )  # fmt: skip
 
-    def request(self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams, index: int = 0) -> Request:
+    def request(
+        self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams, index: int = 0,
+        constraint: Constraint | None = None,
+    ) -> Request:  # fmt: skip
         """A new request, numbered and with its seed resolved; raises InvalidRequestError if it can never be served."""
         number = next(self._ids)
         seed = sampling.seed
         if seed is None:
             seed = (self._seed * SPLITMIX + (number + 1) * 0xD1B54A32D192ED03) & (2**64 - 1)
-        request = Request(number, prompt_token_ids, sampling, seed, index)
+        request = Request(number, prompt_token_ids, sampling, seed, index, constraint=constraint)
         check_request(request, self.limits)
         return request
 
@@ -114,13 +124,17 @@ class EngineThread:
                 raise EngineError("the engine is closed")
             self._calls.put(lambda: function(self._core))
 
-    def _main(self, load: Callable[[], Backend], ready: Future[EngineCore]) -> None:
-        backend: Backend | None = None
+    def _main(
+        self, load: Callable[[], Backend], load_draft: Callable[[], Backend] | None, ready: Future[EngineCore]
+    ) -> None:
+        loaded: list[Backend] = []
         try:
-            backend = load()
-            self._core = EngineCore(backend, self.config)
+            for one in (load, load_draft):
+                if one is not None:
+                    loaded.append(one())
+            self._core = make_core(loaded[0], self.config, *loaded[1:])
         except BaseException as error:
-            if backend is not None:
+            for backend in loaded:
                 backend.close()
             ready.set_exception(error)
             return

@@ -92,6 +92,16 @@ class KVHandle:
         if end > self.written:
             self.written = end
 
+    def rewind(self, position: int) -> None:
+        """Count the tokens from `position` on as not written: they were guesses, and wrong. Raises ArenaError, changing
+        nothing, for a position that is not reached, or before which others may be reading."""
+        whole("position", position)
+        self.check_live()
+        first = max(self.published_tokens, self.shared_tokens)
+        if not first <= position <= self.position:
+            raise ArenaError(f"position {position} is no place to rewind to: {first} to {self.position} are")
+        self.position = position
+
     def reset(self) -> None:
         """Forget what was written; the blocks stay. Raises ArenaError if others may be reading them."""
         self.check_live()

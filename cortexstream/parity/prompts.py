@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cortexstream.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from cortexstream.scheduler import Limits
+    from cortexstream.limits import Limits
     from cortexstream.text.tokenizer import Tokenizer
 
 STEPS = 64  # tokens that continue each prompt

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from cortexstream.errors import ModelLoadError
+from cortexstream.text.token_bytes import SPACE, byte_reader
 from cortexstream.text.tokenizer_config import AddedToken, TokenizerConfig
 
 # Appended to a sentencepiece model: protobuf merges it into the normaliser's settings as add_dummy_prefix = false.
@@ -27,6 +28,11 @@ class Codec(Protocol):
         ...
 
     def token_id(self, text: str) -> int | None: ...
+
+    def token_bytes(self) -> list[bytes | None] | None:
+        """What each id, up to `vocab_size`, adds to a text that has begun: the joined bytes of ids are the text that
+        `decode` makes of them. None in the list: a special token, or no token. None: the library does not tell."""
+        ...
 
 
 class TokenizersCodec:
@@ -59,6 +65,16 @@ class TokenizersCodec:
 
     def token_id(self, text: str) -> int | None:
         found: int | None = self._tokenizer.token_to_id(text)
+        return found
+
+    def token_bytes(self) -> list[bytes | None] | None:
+        to_bytes = byte_reader(self._tokenizer.decoder)
+        if to_bytes is None:
+            return None
+        found: list[bytes | None] = [None] * self.vocab_size
+        for text, token in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if token not in self.special_ids:
+                found[token] = to_bytes(text)
         return found
 
     def _find_bytes(self) -> list[int]:
@@ -143,6 +159,20 @@ class SentencePieceCodec:
         found: int = self._first.piece_to_id(text)
         return found if self._first.id_to_piece(found) == text else None
 
+    def token_bytes(self) -> list[bytes | None]:
+        """Added tokens are left out where the space before a word is dropped after them (see `_decode_plain`)."""
+        found: list[bytes | None] = [None] * self.vocab_size
+        for token in range(self._num_pieces):
+            piece = self._first.id_to_piece(token)
+            if self._first.is_byte(token):
+                found[token] = bytes([int(piece[3:5], 16)])
+            elif not (self._first.is_control(token) or self._first.is_unknown(token) or self._first.is_unused(token)):
+                found[token] = piece.replace(SPACE, " ").encode()
+        for token, text in self._text_of.items():
+            plain = token not in self.special_ids and self._later is not self._first
+            found[token] = text.encode() if plain else None
+        return found
+
     def _encode_plain(self, text: str, start: int, stop: int) -> list[int]:
         if start == stop:
             return []
@@ -199,6 +229,9 @@ class TransformersCodec:
 
     def token_id(self, text: str) -> int | None:
         return self._id_of.get(text)
+
+    def token_bytes(self) -> None:
+        return None
 
 
 def _pattern(token: AddedToken) -> str:

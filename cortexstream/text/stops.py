@@ -35,6 +35,14 @@ class StopStrings:
         self._held = text[border:]
         return text[:border], None
 
+    def skip(self, text: str) -> str:
+        """Text in which no stop string counts that is complete in it; its end may begin one that counts. Returns what
+        may be shown now."""
+        text = self._held + text
+        border = self._undecided_from(text)
+        self._held = text[border:]
+        return text[:border]
+
     def finish(self) -> str:
         """The text held back, when no more comes."""
         held, self._held = self._held, ""

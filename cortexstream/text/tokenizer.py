@@ -102,6 +102,14 @@ class Tokenizer:
             raise InvalidRequestError("token_ids", f"has {min(ids)}; token ids are at least 0")
         return self._codec.decode([token for token in ids if self.writes(token, skip_special_tokens)])
 
+    def token_bytes(self) -> list[bytes | None] | None:
+        """What each id adds to a text that has begun; None for a special token or an id without one.
+
+        At the very start of a text the space before a word may be dropped (see `Detokenizer`). None in place of the
+        list: this kind of tokenizer has tokens whose text depends on their neighbours, or does not tell their bytes.
+        """
+        return self._codec.token_bytes()
+
     def writes(self, token_id: int, skip_special_tokens: bool = True) -> bool:
         """Whether a token has a part in decoded text: it is in the vocabulary and is not skipped as special."""
         skipped = skip_special_tokens and token_id in self._codec.special_ids

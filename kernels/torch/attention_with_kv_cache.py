@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import NamedTuple
+import math
+from contextlib import AbstractContextManager, nullcontext
+from itertools import combinations
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
 
 from cortexstream.kernels.torch.attention import attention
 
 log = logging.getLogger(__name__)
+
+WIDEST_HEAD = 256  # that the Triton kernels take
 
 
 class KVCache(NamedTuple):
@@ -62,30 +68,32 @@ def attention_with_kv_cache(
     without a past); the result is the same, from a copy, and may go beyond the cache's end.
 
     `seq_lens` of a new cache are on the host, where an overflow is seen without waiting for the device. On the device
-    they are read back, which waits, unless check=False: then a row that overflows is not written, its length stays and
-    its output is NaN. Lengths and batch sizes lead to no new compilation.
+    they are read back, which waits, unless check=False: then a row that overflows, or whose length is negative, is not
+    written, its length stays and its output is NaN. With check=False lengths on the host are copied to the device and
+    the news of what had room back, which waits: check=False is for lengths on the device. Lengths and batch sizes lead
+    to no new compilation.
 
     Raises RuntimeError "Cache overflow for batch .." and ValueError for whatever else does not go together, before
     anything is written.
     """
     _check_new(query, key, value)
-    if window is not None and (window < 1 or not is_causal):
-        raise ValueError(f"window is {window} and is_causal {is_causal}; a window is at least 1 and needs is_causal")
+    _check_numbers(scale, window, is_causal, cache_max_len if past_key_value is None else 1)
     past = _past(key, value, past_key_value, seq_lens)
-    if past is None and cache_max_len < 1:
-        raise ValueError(f"cache_max_len is {cache_max_len}; it must be at least 1")
+    if past is not None and update_cache:
+        _check_writable(past)
     lens = past.seq_lens if past else torch.zeros(len(key), dtype=torch.int32)
     lengths = lens.tolist() if check else None
     if lengths is not None:
         _check_lengths(lengths, key.shape[2] * update_cache, past.keys.shape[2] if past else cache_max_len)
-    scale = query.shape[3] ** -0.5 if scale is None else scale
+    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
     call = Call(query, key, value, lens, lengths, scale, is_causal, window)
-    if not update_cache:
-        return _append_and_attend(call, *_copies(call, past))[0], past
-    if past is None:
-        past = KVCache(*_new_cache(key, value, cache_max_len), lens)
-    output, fits = _append_and_attend(call, past.keys, past.values)
-    past.seq_lens.add_(key.shape[2] if fits is None else fits.to(lens.device) * key.shape[2])
+    with torch.no_grad():
+        if not update_cache:
+            return _append_and_attend(call, *_copies(call, past))[0], past
+        if past is None:
+            past = KVCache(*_new_cache(key, value, cache_max_len), lens)
+        output, fits = _append_and_attend(call, past.keys, past.values)
+        past.seq_lens.add_(key.shape[2] if fits is None else fits.to(lens.device) * key.shape[2])
     return output, past
 
 
@@ -95,7 +103,8 @@ def _append_and_attend(
     """The output; and which rows had room, [B], if that was not known before."""
     reason = _why_torch(call.query, keys, values)
     if reason is None:
-        return _by_triton(call, keys, values)
+        with _current(call.query.device):
+            return _by_triton(call, keys, values)
     _tell(reason)
     return _by_torch(call, keys, values)
 
@@ -109,18 +118,23 @@ def _why_torch(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) ->
         import triton
     except ImportError:
         return "triton is not installed"
-    if query.device.type != "cuda":
-        return None if triton.knobs.runtime.interpret else f"the tensors are on {query.device.type}, not on a GPU"
-    if torch.cuda.get_device_capability(query.device) < (8, 0):
+    if query.device.type != "cuda" and not triton.knobs.runtime.interpret:
+        return f"the tensors are on {query.device.type}, not on a GPU"
+    if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
-    if max(query.shape[3], values.shape[3]) > 256:
-        return "heads have more than 256 numbers"
+    if max(query.shape[3], values.shape[3]) > WIDEST_HEAD:
+        return f"heads have more than {WIDEST_HEAD} numbers"
     return "the cache has 2 ** 31 vectors or more" if keys[..., 0].numel() >= 2**31 else None
 
 
 @functools.cache
 def _tell(reason: str) -> None:
     log.warning("attention_with_kv_cache computes in torch, which is slow: %s", reason)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever the tensors' is."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _by_triton(
@@ -133,7 +147,7 @@ def _by_triton(
     before, fits = _on_device(call.seq_lens, call.lengths, device), None
     after = before + tokens
     if call.lengths is None:
-        fits = after <= room
+        fits = (before >= 0) & (after <= room)
         after = torch.where(fits, after, 0)
     starts = torch.arange(0, batch * kv_heads * room, room, dtype=torch.int32, device=device)
     slots = (starts + before.repeat_interleave(kv_heads))[:, None] + torch.arange(tokens, device=device)
@@ -193,10 +207,11 @@ def _by_torch(
     lengths = call.seq_lens.tolist() if call.lengths is None else call.lengths
     for row, length in enumerate(lengths):
         end = length + tokens
-        if end <= room:
+        if 0 <= length and end <= room:
             keys[row, :, length:end], values[row, :, length:end] = call.key[row], call.value[row]
             output[row] = _row(call, row, keys[row, :, :end].transpose(0, 1), values[row, :, :end].transpose(0, 1))
-    return output, None if call.lengths is not None else torch.tensor([length + tokens <= room for length in lengths])
+    fits = [0 <= length <= room - tokens for length in lengths]
+    return output, None if call.lengths is not None else torch.tensor(fits)
 
 
 def _row(call: Call, row: int, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -236,17 +251,17 @@ def _copies(call: Call, past: KVCache | None) -> tuple[torch.Tensor, torch.Tenso
     return copies
 
 
-def _past(
-    key: torch.Tensor, value: torch.Tensor, past: KVCache | tuple[torch.Tensor, ...] | None,
-    seq_lens: torch.Tensor | None,
-) -> KVCache | None:  # fmt: skip
+def _past(key: torch.Tensor, value: torch.Tensor, past: Any, seq_lens: Any) -> KVCache | None:
     if past is None:
         if seq_lens is not None:
             raise ValueError("seq_lens are given without past_key_value; give both or neither")
         return None
-    if len(past) != (3 if seq_lens is None else 2):
+    if not isinstance(past, tuple | list) or len(past) != (3 if seq_lens is None else 2):
         raise ValueError("past_key_value is (keys, values) with seq_lens beside it, or (keys, values, seq_lens)")
     cache = KVCache(past[0], past[1], past[2] if seq_lens is None else seq_lens)
+    for name, given in (("cached keys", cache.keys), ("cached values", cache.values), ("seq_lens", cache.seq_lens)):
+        if not isinstance(given, torch.Tensor):
+            raise ValueError(f"{name} are of type {type(given).__name__}; they must be a tensor")
     for name, tensor, new in (("keys", cache.keys, key), ("values", cache.values, value)):
         if tensor.ndim != 4 or (len(tensor), tensor.shape[3]) != (len(new), new.shape[3]):
             raise ValueError(
@@ -270,6 +285,32 @@ def _past(
     return cache
 
 
+def _check_writable(cache: KVCache) -> None:
+    """Of tensors that have the right shapes and types: can torch, and may we, write into them?"""
+    for name, tensor in zip(("cached keys", "cached values", "seq_lens"), cache, strict=True):
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{name} were made in torch.inference_mode(); call this in it, too, or give a clone made outside of it"
+            )
+    if len(cache.seq_lens) > 1 and cache.seq_lens.stride(0) == 0:
+        raise ValueError("seq_lens are one number expanded; T is added to each row's own: give a clone")
+    for one, other in combinations(cache, 2):
+        first, second = sorted((one, other), key=lambda tensor: tensor.data_ptr())
+        if one.device == other.device and first.data_ptr() + first.nbytes > second.data_ptr():
+            raise ValueError("cached keys, values and seq_lens overlap in memory; give each its own")
+
+
+def _check_numbers(scale: object, window: object, is_causal: bool, cache_max_len: object) -> None:
+    if scale is not None and not (isinstance(scale, Real) and math.isfinite(scale)):
+        raise ValueError(f"scale is {scale!r}; it must be a finite number")
+    if window is not None and (not isinstance(window, Integral) or window < 1 or not is_causal):
+        raise ValueError(
+            f"window is {window!r} and is_causal {is_causal}; a window is a whole number from 1 on and needs is_causal"
+        )
+    if not isinstance(cache_max_len, Integral) or cache_max_len < 1:
+        raise ValueError(f"cache_max_len is {cache_max_len!r}; it must be a whole number of at least 1")
+
+
 def _check_lengths(lengths: list[int], tokens: int, room: int) -> None:
     """`tokens` are to be added to each row."""
     for row, length in enumerate(lengths):
@@ -283,6 +324,9 @@ def _check_lengths(lengths: list[int], tokens: int, room: int) -> None:
 
 
 def _check_new(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    for name, given in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(given, torch.Tensor):
+            raise ValueError(f"{name} is of type {type(given).__name__}; it must be a tensor")
     shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
     if any(len(shape) != 4 or 0 in shape for shape in shapes):
         raise ValueError(f"query {shapes[0]}, key {shapes[1]} and value {shapes[2]} must have 4 dimensions, none 0")

@@ -174,7 +174,7 @@ def affine_merge_kernel(partial, bias, out, rows, columns, SPLITS: tl.constexpr,
     tl.store(out + to, total.to(out.dtype.element_ty), mask=n < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])  # of an embedding's rows there are as many as a step has tokens
 def dequantize_kernel(
     packed, scales, biases, out, groups, GROUP: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

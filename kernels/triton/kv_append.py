@@ -23,7 +23,8 @@ class Config(NamedTuple):
 CONFIGS = {80: Config(1024, 4), 90: Config(1024, 4)}  # by compute capability
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots"])
+# Pools may be a step's scratch memory, of any number of slots: a new number is no new compilation.
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["slots"])
 def kv_append_kernel(
     k, v, k_pool, v_pool, slots, k_stride, v_stride, num_slots, k_scale, v_scale,
     KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,

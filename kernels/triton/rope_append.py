@@ -74,7 +74,7 @@ def weights(weight, i, mask, H: tl.constexpr):
     return w
 
 
-@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["positions", "slots"])
 def rope_append_kernel(
     q, k, v, q_out, k_pool, v_pool, table, positions, slots, q_weight, k_weight, q_stride, k_stride, v_stride,
     num_slots, eps, k_scale, v_scale, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr,

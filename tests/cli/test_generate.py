@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -156,3 +157,42 @@ def test_help_and_version_load_nothing_heavy() -> None:
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
         assert done.stdout.endswith("set()\n"), done.stdout + done.stderr
+
+
+def test_p14_the_form_of_the_output(tmp_path: Path) -> None:
+    """Of the embedded model, as it reads and writes text."""
+    schema, grammar = tmp_path / "schema.json", tmp_path / "sum.lark"
+    schema.write_text(
+        '{"type": "object", "properties": {"ok": {"enum": [1]}}, "required": ["ok"], "additionalProperties": false}'
+    )
+    grammar.write_text("start: /[0-9]{2}/")
+    for given, expected in (
+        (["--json-schema", str(schema)], r'\{"ok": ?1\}'), (["--json-schema", "-"], r"\{(.|\n)*"),
+        (["--regex", "[a-c]{3}"], "[a-c]{3}"), (["--grammar", str(grammar)], "[0-9]{2}"),
+        (["--choice", "yes", "--choice", "no"], "yes|no"),
+    ):  # fmt: skip
+        (found,) = lines_of(cortexstream("generate", "json: ", "--json", "--max-tokens", "20", *given))
+        assert re.fullmatch(expected, str(found["text"])), (given, found)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--regex", "a", "--choice", "b"], "regex"),
+        (["--regex", "[a-"], "regex: cannot be compiled"),
+        (["--json-schema", "nowhere.json"], "--json-schema: nowhere.json cannot be read"),
+        (["--draft-model", "x"], "speculative_config: lacks num_speculative_tokens"),
+        (["--speculative-tokens", "99"], "speculative_config: has num_speculative_tokens 99"),
+    ],
+)
+def test_bad_form_or_guesses_are_one_sentence(given: list[str], message: str) -> None:
+    done = cortexstream("generate", "12+30=", *given)
+    is_one_sentence(done, 2, message)
+
+
+def test_p13_guesses_change_nothing_and_are_told_of() -> None:
+    prompt = "copy: " + "theanswerisinthequestion" * 2
+    plain = cortexstream("generate", prompt, "--max-tokens", "60")
+    done = cortexstream("generate", prompt, "--max-tokens", "60", "--speculative-tokens", "4", "--stats")
+    assert done.returncode == 0 and done.stdout == plain.stdout
+    assert re.search(r"; \d+% of \d+ guesses right, \d\.\d\d tokens per row with guesses", done.stderr)

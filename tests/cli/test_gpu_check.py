@@ -162,3 +162,67 @@ def test_a_wrong_kernel_is_noticed(scripts: None, needed: None, tmp_path: Path) 
         case.check(report, made, 3)
     assert [row["ok"] for row in report.rows] == [True, False, False, False, False]
     assert "2 of 2 repeats" in report.rows[3]["why"] and "alone" in report.rows[4]["why"]
+
+
+def test_f47_steps_are_submitted_while_waiting_is_an_error(
+    scripts: None, needed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mode is torch's, noted here in place of a GPU: an error within `submit`, and not after it."""
+    from cortexstream.backend import BackendOptions
+    from cortexstream.backends.null import create
+    from cortexstream.plan import SampleSpec
+
+    torch: Any = require("torch")
+    drive, modes = import_module("gpu_check_drive"), ["default"]
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    backend: Any = create(BackendOptions(None, max_num_seqs=2, block_tokens=16, extra={"vocab_size": 384}))
+    backend.allocate_kv(4)
+    submit, seen = backend.submit, []
+
+    def watched(plan: Any) -> Any:
+        seen.append(modes[-1])
+        return submit(plan)
+
+    monkeypatch.setattr(backend, "submit", watched)
+    driven = drive.Drive(backend, [SampleSpec()] * 2, 32)
+    driven.prefill(drive.random_prompts(2, 5, 384), 64)
+    driven.decode(driven.rows, 3, drive.forbid_waiting)
+    assert seen == ["default"] + ["error"] * 3 and modes == ["default", *["error", "default"] * 3]
+    with pytest.raises(RuntimeError), drive.forbid_waiting():
+        raise RuntimeError
+    assert modes[-2:] == ["error", "default"]
+
+
+def test_p1_the_floor_of_a_step_has_weights_and_keys_and_values(scripts: None, needed: None, tmp_path: Path) -> None:
+    """Of the tiny shape in float32, by hand: 2 layers of 1 key head of 32 numbers, read at each position."""
+    torch: Any = require("torch")
+    model, folders = import_module("gpu_check_model"), import_module("gpu_check_folders")
+    report = import_module("gpu_check_record").Report(tmp_path / "rows.json", True)
+    sizes, shape = model.Sizes(True), folders.large_shape(True)
+    folder = folders.write_config(tmp_path, shape, sizes.dtype)
+    with folders.random_weights(shape, sizes.dtype, torch.device("cpu")):
+        backend = model.create(model.backend_options(folder, sizes))
+    model.steps(report, model.PLAIN, backend, True)
+    backend.close()
+    found = {row["name"]: row["figures"] for row in report.rows if row["group"] == "step"}
+    layer = 64 * (2 + 1 + 1) * 32 + 2 * 32 * 64 + 3 * 64 * 64  # q, k, v; o; gate, up, down
+    weights = 4 * (2 * layer + 320 * 64)
+    for batch in (1, 2):
+        figures = found[f"bf16, batch {batch}"]
+        keys_and_values = batch * figures["context"]["value"] * 2 * 2 * 32 * 4
+        assert figures["bytes"]["value"] == pytest.approx((weights + keys_and_values) / 1e9, rel=1e-6)
+
+
+@pytest.mark.parametrize("mebibytes", [1, 8, 50, 67, 1000])
+def test_f49_buffers_are_rotated_past_the_l2(
+    scripts: None, needed: None, monkeypatch: pytest.MonkeyPatch, mebibytes: int
+) -> None:
+    """On a GPU with an L2 of 50 MiB: eight times as much between two uses of a buffer, of which there are 2 to 64."""
+    torch: Any = require("torch")
+    properties = type("Properties", (), {"L2_cache_size": 50 << 20})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    timing = import_module("gpu_check_timing")
+    sets = timing.Clock(False).sets(mebibytes << 20)
+    assert 2 <= sets <= 64 and (sets == 64 or sets * mebibytes >= 8 * 50)
+    assert sets == 2 or (sets - 1) * mebibytes < 8 * 50
+    assert timing.Clock(True).sets(1) == 1

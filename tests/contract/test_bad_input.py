@@ -160,11 +160,12 @@ def test_cuda_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(BackendUnavailableError, match=r"kernels 'triton': .*(pip install triton|needs a GPU).*'torch'"):
         LLM(backend="cuda", backend_options={"device": "cpu", "kernels": "triton"})
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(
-        BackendUnavailableError, match=r"backend: cuda cannot run here: .*pip install 'cortexstream\[cuda\]'"
-    ):
-        LLM(backend="cuda")
+    for package in ("transformers", "safetensors"):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(
+            BackendUnavailableError, match=rf"cuda cannot run here: .*{package}.*pip install 'cortexstream\[cuda\]'"
+        ):
+            LLM(backend="cuda")
 
 
 def test_environment_names_a_bad_backend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +229,62 @@ def test_broken_folder(case: str, backend: str, tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=message) as caught:
         LLM(folder, backend=backend)
     assert "\n" not in str(caught.value)
+
+
+def _integers(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    torch = require("torch")
+    save_file({name: x.to(torch.int32) for name, x in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+ODD = {"group_size": 64, "bits": 4, "mode": "affine"}
+BROKEN_FOR_CUDA: dict[str, tuple[Callable[[Path], None], str]] = {
+    "unknown": (_config(model_type="abacus"), "transformers .* has no architecture 'abacus'; update transformers, or"),
+    "own code": (
+        _config(model_type="abacus", auto_map={"AutoModelForCausalLM": "x.Y"}),
+        "architecture whose code is in the folder, and it is not run here; use a model of",
+    ),
+    "no language model": (_config(model_type="vit"), "'vit' is no language model; use another folder"),
+    "chunked": (_config(layer_types=["chunked_attention"]), "attends within chunks, .*; use another model"),
+    "activation": (
+        _config(hidden_act="foo"),
+        "config.json: hidden_act is 'foo', which transformers .*; correct it",
+    ),
+    "rope": (
+        _config(rope_parameters={"rope_type": "foo", "rope_theta": 1e4}, rope_scaling=None),
+        "config.json: rope_parameters.rope_type is 'foo', which",
+    ),
+    "heads": (_config(num_attention_heads=0), "config.json: num_attention_heads is 0; it must be at least 1"),
+    "a word": (_config(max_position_embeddings="big"), "check config.json: .*'max_position_embeddings' expected int"),
+    "gptq": (_config(quantization_config={"quant_method": "gptq"}), "by 'gptq'; use the original weights, or what mlx"),
+    "method": (_config(quantization_config="gptq"), "quantization_config is 'gptq'; it must be an object, and"),
+    "methods": (_config(quantization_config=[1]), r"quantization_config is \[1\]; it must be an object"),
+    "bits": (_config(quantization=ODD | {"bits": 7}), r"has bits 7 and group_size 64; bits may be \(2, .*; quantise"),
+    "group": (_config(quantization=ODD | {"group_size": 48}), "has bits 4 and group_size 48"),
+    "mode": (_config(quantization=ODD | {"mode": "mxfp4"}), "mode 'mxfp4' of the model cannot be read; only 'affine'"),
+    "quantised": (_config(quantization="4"), "quantization is '4'; it must be an object with group_size and bits"),
+    "integers": (_integers, "model.safetensors: tensor .* has dtype I32; readable are F16, .*: use the original"),
+    "no weights": (
+        lambda f: (f / "model.safetensors").unlink(),
+        r"looked for .*model\*.safetensors; fetch one of",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_FOR_CUDA)
+def test_f61_cuda_says_what_to_do_about_a_folder(case: str, tmp_path: Path) -> None:
+    """In one sentence; and transformers' advice to run what a folder brings is not passed on."""
+    require("torch")
+    require("transformers")
+    folder = Path(shutil.copytree(tiny_folder(), tmp_path / "model"))
+    breaks, message = BROKEN_FOR_CUDA[case]
+    breaks(folder)
+    with pytest.raises(ModelLoadError, match=message) as caught:
+        LLM(folder, backend="cuda", backend_options={"device": "cpu"})
+    said = str(caught.value)
+    assert "\n" not in said and ". " not in said and "trust_remote_code" not in said
 
 
 def test_missing_folder() -> None:

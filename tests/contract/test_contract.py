@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
 import resource
-from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -13,56 +11,9 @@ import pytest
 from cortexstream.backend import Backend, BackendOptions
 from cortexstream.errors import EngineError
 from cortexstream.models import tiny_folder
-from cortexstream.plan import PENDING, KVRows, Move, PlanRow, SampleSpec, StepPlan
+from cortexstream.plan import PENDING, KVRows, Move, PlanRow, StepPlan
 from tests.conftest import require
-
-BLOCK = 16
-NUM_BLOCKS = 24
-GREEDY = SampleSpec()
-CASES = [
-    ("null", "run"),
-    ("null", "paged"),
-    ("reference", "run"),
-    ("reference", "paged"),
-    ("mlx", "run"),
-    ("cuda", "paged"),
-]
-
-
-@pytest.fixture(params=CASES, ids=["-".join(case) for case in CASES])
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    name, layout = request.param
-    if name == "mlx":
-        require("mlx")
-        require("mlx_lm")
-    if name == "cuda":
-        require("torch")
-        require("transformers")
-    options: dict[str, dict[str, Any]] = {"null": {"vocab_size": 384}, "cuda": {"device": "cpu"}}
-    extra = options.get(name, {})
-    model = None if name == "null" else str(tiny_folder())
-    module = import_module(f"cortexstream.backends.{name}")
-    assert module.available() is None
-    made: Backend = module.create(
-        BackendOptions(model, max_num_seqs=4, block_tokens=BLOCK, kv_layout=layout, extra=extra)
-    )
-    made.allocate_kv(NUM_BLOCKS)
-    yield made
-    made.close()
-    made.close()  # idempotent
-
-
-def rows_at(backend: Backend, first: int, count: int) -> KVRows:
-    """`count` blocks: adjacent, or for block tables in a scrambled order within their range."""
-    blocks = list(range(first, first + count))
-    if backend.info.kv_layout == "paged":
-        random.Random(first).shuffle(blocks)
-    return KVRows(tuple(blocks), backend.info.kv_layout == "run")
-
-
-def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
-    rng = random.Random(seed)
-    return (1, *(rng.randrange(264, 359) for _ in range(length - 1)))
+from tests.contract.plans import BLOCK, GREEDY, prompt, rows_at
 
 
 class Driver:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Literal
 
 from cortexstream.kv import KVArena
+from cortexstream.limits import Limits
 from cortexstream.plan import PlanRow, RowResult, StepPlan, StepResult
 from cortexstream.request import FinishReason
-from cortexstream.scheduler import Limits, Scheduler, TokenEvent
+from cortexstream.scheduler import Scheduler, TokenEvent
 from cortexstream.swap import SwapPolicy
 
 Script = Callable[[PlanRow], int]

@@ -17,6 +17,7 @@ from cortexstream.kv import ArenaStats, KVArena, KVHandle
 from cortexstream.plan import PENDING, KVRows, MemoryOp, Move, RowResult, SampleSpec, StepPlan, StepResult
 from cortexstream.request import FinishReason, Request, SamplingParams
 from cortexstream.scheduler import TokenEvent
+from cortexstream.speculation import Drafter
 
 Ints = npt.NDArray[np.int64]
 HEADS = 2
@@ -120,12 +121,14 @@ class Receiver:
 
     def __init__(self, react: Callable[[int], bool] | None = None) -> None:
         self.tokens: list[int] = []
+        self.events: list[TokenEvent] = []
         self.finish: FinishReason | None = None
         self.error: str | None = None
         self._react = react  # told the number of tokens so far; returns True to stop, or raises
 
     def __call__(self, event: TokenEvent) -> bool:
         assert self.finish is None, f"an event after the end: {event}"
+        self.events.append(event)
         self.finish, self.error = event.finish, event.error
         if event.token is None:
             assert event.finish is not None
@@ -177,7 +180,7 @@ class AuditedBackend:
     def collect(self, ticket: NullTicket) -> StepResult:
         self.fault("collect", ticket.step)
         result = self.inner.collect(ticket)
-        return StepResult(result.step, tuple(self.spoil(row) for row in result.rows))
+        return result._replace(rows=tuple(self.spoil(row) for row in result.rows))
 
     def warmup(self, prompt_tokens: int, batch: int) -> WarmupReport:
         return self.inner.warmup(prompt_tokens, batch)
@@ -213,8 +216,12 @@ class AuditedBackend:
             assert row.start + len(row.tokens) <= len(row.kv.blocks) * self.info.block_tokens
             if row.tokens[-1] == PENDING:
                 assert plan.step == self._last_step + 1 and self._drew.get(row.slot) == row.seq_id
-            if row.sample is not None:
+            if row.drafts:
+                assert len(row.draws) == len(row.tokens) and PENDING not in row.tokens
+            elif row.sample is not None:
                 drew[row.slot] = row.seq_id
+            if row.score is not None:
+                assert 0 < len(row.score.targets) <= len(row.tokens)
         self._last_step, self._drew = plan.step, drew
 
     def _audit_blocks(self, plan: StepPlan) -> None:
@@ -232,7 +239,7 @@ class AuditedBackend:
 
 def engine(
     layout: str = "run", *, block_tokens: int = 4, num_blocks: int = 64, seqs: int = 8, budget: int = 32,
-    max_model_len: int | None = None, prefix_caching: bool = True, **extra: Any,
+    max_model_len: int | None = None, prefix_caching: bool = True, drafter: Drafter | None = None, **extra: Any,
 ) -> tuple[EngineCore, AuditedBackend]:  # fmt: skip
     """An engine core on the audited null backend."""
     options = BackendOptions(None, max_num_seqs=seqs, block_tokens=block_tokens, kv_layout=layout, extra=extra)  # type: ignore[arg-type]
@@ -241,7 +248,7 @@ def engine(
         backend="null", max_num_seqs=seqs, max_num_batched_tokens=budget, num_kv_blocks=num_blocks,
         max_model_len=max_model_len, enable_prefix_caching=prefix_caching,
     )  # fmt: skip
-    return EngineCore(backend, config), backend
+    return EngineCore(backend, config, drafter), backend
 
 
 def null_backend(**extra: Any) -> NullBackend:

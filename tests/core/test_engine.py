@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
+from cortexstream.config import EngineConfig
 from cortexstream.engine import EngineCore
 from cortexstream.errors import EngineError, InvalidRequestError
 from cortexstream.plan import RowResult
 from cortexstream.request import FinishReason, Request
-from tests.core.support import AuditedBackend, Receiver, dense, engine, request
+from tests.core.support import AuditedBackend, Receiver, dense, engine, null_backend, request
 
 VOCAB = 97
 
@@ -207,7 +209,7 @@ def test_wrong_results_are_a_failed_step_and_not_wrong_tokens() -> None:
     core.add(request(0, 3), sink)
     core.run()
     assert sink.finish is FinishReason.ERROR and sink.tokens == []
-    assert sink.error is not None and "not the plan's sampling rows" in sink.error
+    assert sink.error is not None and "not the plan's draws" in sink.error
     core.check()
 
 
@@ -219,7 +221,7 @@ def test_a_row_error_fails_that_row_alone() -> None:
         core.add(request(number, [number] * 4, max_tokens=6), sink)
     core.run()
     core.check()
-    assert sinks[1].finish is FinishReason.ERROR and sinks[1].error == "its logits are not finite"
+    assert sinks[1].finish is FinishReason.ERROR and sinks[1].error == "sequence 1, step 1: its logits are not finite"
     for number in (0, 2):
         assert sinks[number].tokens == dense(request(number, [number] * 4, max_tokens=6), VOCAB, 4096)
 
@@ -359,3 +361,15 @@ def test_one_plan_is_in_flight_and_rows_are_counted() -> None:
     stats = core.stats()
     assert (stats.steps, stats.prompt_tokens, stats.output_tokens) == (5, 10, 5)
     assert stats.host_s > 0 and stats.backend_s > 0
+
+
+def test_f73_a_promise_that_cannot_be_kept_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Asked for and not had: a note, which `doctor` prints; had, or not asked for: none."""
+    caplog.set_level(logging.WARNING, "cortexstream.engine")
+    for holds, asked, told in ((False, True, True), (True, True, False), (False, None, False), (False, False, False)):
+        backend = null_backend()
+        backend.info = replace(backend.info, batch_invariant=holds, invariance="not here: its sums differ")
+        caplog.clear()
+        core = EngineCore(backend, EngineConfig(backend="null", num_kv_blocks=4, batch_invariant=asked))
+        expected = "batch_invariant was asked for and cannot be had: not here: its sums differ"
+        assert core.notes == ((expected,) if told else ()) and (expected in caplog.text) == told

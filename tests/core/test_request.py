@@ -15,6 +15,7 @@ import pytest
 from cortexstream.errors import EngineError, InvalidRequestError
 from cortexstream.kv import KVArena
 from cortexstream.plan import PENDING, SampleSpec
+from cortexstream.presets import PRESETS
 from cortexstream.request import FinishReason, Request, SamplingParams
 from cortexstream.sequence import Sequence, SequenceState
 from tests.core.support import request
@@ -170,7 +171,8 @@ def test_f04_unknown_names() -> None:
 
 
 def sequence(**sampling: Any) -> Sequence:
-    return Sequence(request(7, (10, 11, 12), **sampling), limit_tokens=20, eos_token_ids=frozenset({2, 3}))
+    eos = frozenset({2, 3})
+    return Sequence(request(7, (10, 11, 12), **sampling), limit_tokens=20, eos_token_ids=eos, vocab_size=1000)
 
 
 def waiting() -> Sequence:
@@ -281,7 +283,7 @@ def test_the_spec_carries_every_parameter() -> None:
     asked = request(
         1, (4, 5), index=3, seed=99, temperature=0.5, top_k=4, top_p=0.6, min_p=0.1, logprobs=2, logit_bias={9: 1.5},
     )  # fmt: skip
-    made = Sequence(asked, 20, frozenset({2}))
+    made = Sequence(asked, 20, frozenset({2}), 1000)
     assert made.sample_spec() == SampleSpec(0.5, 4, 0.6, 0.1, 99, 3, 2, logit_bias=((9, 1.5),))
     made.start(KVArena(8, 4).admit(8), 0)
     assert made.next_row(2).sample is made.next_row(1).sample  # nothing varies: one object for all steps
@@ -310,3 +312,27 @@ def test_the_spec_carries_what_penalties_need(name: str) -> None:
     spec = made.sample_spec()
     assert spec.penalised and getattr(spec, name) == 1.5
     assert spec.output_tokens == (40, 41, PENDING) and spec.prompt_tokens == (10, 11, 12)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_f04_presets(name: str) -> None:
+    """Each is valid, differs from the default and from the others, and can be changed."""
+    made = SamplingParams.preset(name)
+    assert made != SamplingParams() and [other for other in PRESETS if SamplingParams.preset(other) == made] == [name]
+    changed = SamplingParams.preset(name, max_tokens=7, temperature=0.9)
+    assert (changed.max_tokens, changed.temperature, changed.top_k) == (7, 0.9, made.top_k)
+
+
+def test_f04_an_unknown_preset_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="preset: is 'wild'; must be one of greedy, deterministic, precise"):
+        SamplingParams.preset("wild")
+    with pytest.raises(InvalidRequestError, match="temperature: is -1"):
+        SamplingParams.preset("chat", temperature=-1)
+    with pytest.raises(TypeError, match="warmth"):
+        SamplingParams.preset("chat", warmth=1)
+
+
+def test_f04_the_presets_that_people_look_for() -> None:
+    assert {"greedy", "precise", "balanced", "creative", "chat", "code", "deterministic"} <= set(PRESETS)
+    assert SamplingParams.preset("greedy") == SamplingParams(temperature=0)
+    assert SamplingParams.preset("creative", n=2) == SamplingParams(temperature=0.9, top_k=50, top_p=0.95, n=2)

@@ -212,5 +212,5 @@ def test_a_prompt_moves_on_however_many_decode() -> None:
 
 def test_no_token_left_is_refused() -> None:
     core, _ = engine("run", vocab_size=7)
-    with pytest.raises(InvalidRequestError, match="stop_token_ids: has all 7 tokens of the vocabulary"):
+    with pytest.raises(InvalidRequestError, match="min_tokens: is 2, but every token that may be drawn ends the text"):
         core.add(request(0, [1, 2], max_tokens=4, min_tokens=2, stop_token_ids=list(range(7))), Receiver())

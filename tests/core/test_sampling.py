@@ -227,57 +227,6 @@ def test_half_precision_logits_are_widened_first() -> None:
         assert draw(z, spec, 4) == draw(z.astype(np.float32), spec, 4)  # type: ignore[arg-type]
 
 
-VOCAB = 10
-LOGITS = f32(0.3, -1.0, 1.2, 0.0, 0.9, -0.4, 2.0, 0.5, -2.0, 1.1)
-# Upper 0.1 % points of chi-square by degrees of freedom.
-CRITICAL = {2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52, 6: 22.46, 7: 24.32, 8: 26.12, 9: 27.88}
-
-
-def many_draws(spec: SampleSpec, n: int) -> npt.NDArray[np.int64]:
-    """`draw` for positions 0 .. n - 1 at once: the same formula with the position as one more axis."""
-    groups = -(-VOCAB // 4)
-    token, position = np.meshgrid(np.arange(groups, dtype=np.uint32), np.arange(n, dtype=np.uint32))
-    words = philox(spec.seed, (token, position, np.full_like(token, spec.sample_index), np.zeros_like(token)))
-    bits = np.stack(words, axis=2).reshape(n, -1)[:, :VOCAB]
-    u = np.minimum(bits.astype(np.float32) * np.float32(2**-32) + np.float32(2**-33), np.float32(1 - 2**-24))
-    z = keep(LOGITS / np.float32(spec.temperature), spec)
-    return np.asarray(np.argmax(z - np.log(-np.log1p(-u)), axis=1))
-
-
-@pytest.mark.parametrize(
-    ("spec", "survivors"),
-    [
-        (SampleSpec(temperature=1.0, seed=11), 10),
-        (SampleSpec(temperature=0.6, seed=12), 10),
-        (SampleSpec(temperature=2.5, seed=13, sample_index=4), 10),
-        (SampleSpec(temperature=1.0, seed=14, top_k=4), 4),
-        (SampleSpec(temperature=1.3, seed=15, top_p=0.8), 6),
-        (SampleSpec(temperature=1.0, seed=16, min_p=0.2), 5),
-        (SampleSpec(temperature=0.9, seed=17, min_p=0.05, top_k=7, top_p=0.85), 5),
-    ],
-)
-def test_f71_draws_follow_the_distribution(spec: SampleSpec, survivors: int) -> None:
-    """Chi-square on 1e5 draws, level 0.1 %, against probabilities computed in float64 without this module."""
-    n = 100_000
-    drawn = many_draws(spec, n)
-    assert [draw(LOGITS, spec, p) for p in range(150)] == drawn[:150].tolist()  # the batch is the definition
-    probabilities = np.exp(LOGITS.astype(np.float64) / spec.temperature)
-    probabilities /= probabilities.sum()
-    alive = probabilities >= spec.min_p * probabilities.max()
-    order = np.argsort(-probabilities)
-    if spec.top_k:
-        alive[order[spec.top_k :]] = False
-    probabilities = np.where(alive, probabilities, 0) / probabilities[alive].sum()
-    before = np.cumsum(probabilities[order]) - probabilities[order]
-    alive[order[before >= spec.top_p]] = False
-    probabilities = np.where(alive, probabilities, 0) / probabilities[alive].sum()
-    assert alive.sum() == survivors
-    counts = np.bincount(drawn, minlength=VOCAB)
-    assert counts[~alive].sum() == 0
-    expected = n * probabilities[alive]
-    assert ((counts[alive] - expected) ** 2 / expected).sum() < CRITICAL[survivors - 1]
-
-
 def test_random_specs_keep_what_plain_python_keeps() -> None:
     rng = np.random.default_rng(8)
     compared = 0

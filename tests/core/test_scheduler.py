@@ -238,7 +238,7 @@ def test_commit_refuses_missing_and_misordered_rows(rows: tuple[int, ...]) -> No
     it.add(request(0, 3))
     it.add(request(1, 3))
     it.plan()
-    with pytest.raises(EngineError, match="step 1: the backend's results are not the plan's sampling rows in order"):
+    with pytest.raises(EngineError, match="step 1: the backend's results are not the plan's draws and scores in order"):
         it.commit(StepResult(1, tuple(RowResult(i, 9) for i in rows)))
     for number in (0, 1):
         sequence = it.get(number)
@@ -276,7 +276,7 @@ def test_a_failed_row_ends_its_request_alone() -> None:
     it.add(request(1, 3, max_tokens=2))
     it.plan()
     bad, good = it.commit(StepResult(1, (RowResult(0, 0, error="the logits are not finite"), RowResult(1, 9))))
-    assert bad == TokenEvent(0, None, None, (), FinishReason.ERROR, "the logits are not finite")
+    assert bad == TokenEvent(0, None, None, (), FinishReason.ERROR, "sequence 0, step 1: the logits are not finite")
     assert good.token == 9 and finishes(drain(it)) == {1: FinishReason.LENGTH}
     assert it.arena.used_blocks == 0
 

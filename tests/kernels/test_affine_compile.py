@@ -45,3 +45,11 @@ def test_p2_what_a_row_adds_up_is_the_same_instruction_in_every_tile(arch: int) 
         (kernel, _) = script.compiled(arch, script.affine(rows, 4))
         code = kernel.asm["ptx"]
         assert "fma.rn.f32" in code and not re.search(r"\b(mul|add|sub)(\.\w+)*\.f32", code), rows
+
+
+@pytest.mark.parametrize("arch", script.ARCHITECTURES)
+def test_f47_numbers_of_an_embeddings_rows_need_no_new_compilation(arch: int) -> None:
+    """One group to a row: a step of 16 tokens has a number of groups that divides by 16, others do not."""
+    kernels = [k for rows in range(1, 33) for k in script.compiled(arch, script.affine(0, 4, shape=(rows, 64)))]
+    assert {kernel.name for kernel in kernels} == {"dequantize_kernel"}
+    assert len({kernel.hash for kernel in kernels}) == 1

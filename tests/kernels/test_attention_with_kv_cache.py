@@ -210,6 +210,8 @@ def test_a_scale_and_views_with_other_strides() -> None:
 
 Q, K, V = projections(2, 4, 2, 3)
 PAST = cache_of([1, 2], 8, 2)
+with torch.inference_mode():
+    INFERENCE = torch.tensor([1, 2])
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"query": normal(2, 32, 3, 32), "key": normal(2, 7, 3, 32)},
@@ -231,8 +233,23 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"past_key_value": PAST._replace(seq_lens=torch.ones(2))}, "seq_lens is torch.float32"),
     ({"past_key_value": PAST._replace(seq_lens=torch.tensor([1, -2]))}, r"seq_lens\[1\] is -2; it must be 0 to 8"),
     ({"past_key_value": PAST._replace(seq_lens=torch.tensor([9, 2]))}, r"seq_lens\[0\] is 9; it must be 0 to 8"),
-    ({"cache_max_len": 0}, "cache_max_len is 0; it must be at least 1"),
+    ({"cache_max_len": 0}, "cache_max_len is 0; it must be a whole number of at least 1"),
+    ({"cache_max_len": 8.5}, "cache_max_len is 8.5; it must be a whole number"),
+    ({"cache_max_len": "8"}, "cache_max_len is '8'"),
+    ({"cache_max_len": None}, "cache_max_len is None"),
     ({"window": 0}, "window is 0"),
+    ({"past_key_value": PAST, "window": 2.5}, "window is 2.5 .* whole number"),
+    ({"past_key_value": PAST, "scale": "a"}, "scale is 'a'; it must be a finite number"),
+    ({"past_key_value": PAST, "scale": float("nan")}, "scale is nan"),
+    ({"past_key_value": PAST, "scale": torch.ones(())}, r"scale is tensor\(1.\)"),
+    ({"past_key_value": 5}, r"past_key_value is \(keys, values\) with seq_lens"),
+    ({"past_key_value": PAST.keys, "seq_lens": PAST.seq_lens}, r"past_key_value is \(keys, values\) with seq_lens"),
+    ({"past_key_value": (None, None), "seq_lens": PAST.seq_lens}, "cached keys are of type NoneType"),
+    ({"past_key_value": PAST[:2], "seq_lens": [1, 2]}, "seq_lens are of type list; they must be a tensor"),
+    ({"past_key_value": PAST._replace(seq_lens=torch.tensor([2]).expand(2))}, "seq_lens are one number expanded"),
+    ({"past_key_value": PAST._replace(values=PAST.keys)}, "overlap in memory"),
+    ({"past_key_value": PAST._replace(seq_lens=INFERENCE)}, r"seq_lens were made in torch.inference_mode\(\)"),
+    ({"query": [1]}, "query is of type list; it must be a tensor"),
     ({"window": 4, "is_causal": False}, "window is 4 and is_causal False"),
     ({"key": K[:, :, :2]}, r"query \(2, 4, 3, 32\), key \(2, 2, 2, 32\) .* do not go together"),
     ({"value": V[:, :1]}, "do not go together"),
@@ -245,8 +262,52 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changed", "words"), REFUSED)
 def test_what_does_not_fit_is_refused(changed: dict[str, Any], words: str) -> None:
+    """And nothing was written."""
+    before = copied(PAST)
     with pytest.raises(ValueError, match=words):
         attend(**{"query": Q, "key": K, "value": V, **changed})
+    assert all(same(a, b) for a, b in zip(PAST, before, strict=True)) and INFERENCE.tolist() == [1, 2]
+
+
+def test_a_cache_of_inference_mode_is_written_in_it_and_read_anywhere() -> None:
+    with torch.inference_mode():
+        _, cache = attend(Q, K, V, cache_max_len=8)
+    with pytest.raises(ValueError, match=r"cached keys were made in .*inference_mode\(\)"):
+        attend(Q, K, V, cache)
+    near(attend(Q, K, V, cache, update_cache=False)[0], definition(Q, cache, K, V))
+    with torch.inference_mode():
+        attend(Q, K, V, cache)
+    assert cache.seq_lens.tolist() == [6, 6]
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_f46_unchecked_a_negative_length_is_left_out(tokens: int) -> None:
+    """A row's slots begin behind the row before, which it must not reach."""
+    cache = cache_of([3, 5], 8, 2)
+    cache = cache._replace(seq_lens=torch.tensor([3, -1], device=DEVICE))
+    before, (q, k, v) = copied(cache), projections(2, 4, 2, tokens)
+    output, _ = attend(q, k, v, cache, check=False)
+    assert bool(output[1].isnan().all()) and cache.seq_lens.tolist() == [3 + tokens, -1]
+    end = 3 + tokens
+    assert same(cache.keys[1], before.keys[1]) and same(cache.values[0, :, end:], before.values[0, :, end:])
+
+
+def test_there_are_no_gradients() -> None:
+    """Whatever asks for them, the cache included; and the mode of the caller stays."""
+    q, k, v = (x.clone().requires_grad_() for x in (Q, K, V))
+    output, cache = attend(q, k, v, cache_max_len=8)
+    asking = KVCache(cache.keys.requires_grad_(), cache.values, cache.seq_lens)
+    again, _ = attend(q, k, v, asking)
+    assert not output.requires_grad and not cache.values.requires_grad and not again.requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_kernels_are_launched_on_the_tensors_device() -> None:
+    for place in (torch.device("cuda", 1), torch.device("cuda", 0)):
+        current: Any = module._current(place)
+        assert current.idx == place.index
+    with module._current(torch.device("cpu")):
+        pass
 
 
 def test_f43_torch_in_place_of_triton_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -49,7 +49,7 @@ def test_noise_is_the_same(vocab: int) -> None:
 @pytest.mark.parametrize("vocab", [97, 384, 5000])
 def test_p5_draws_are_the_same(vocab: int) -> None:
     """Every parameter, mixed in one batch; PENDING stands for the last output token in some rows."""
-    from cortexstream.backends.mlx.sample import sample
+    from cortexstream.backends.mlx.sample import draw
 
     rng = random.Random(vocab)
     numbers = np.random.default_rng(vocab)
@@ -63,7 +63,7 @@ def test_p5_draws_are_the_same(vocab: int) -> None:
             late = bool(spec.output_tokens) and rng.random() < 0.5
             told.append(spec._replace(output_tokens=(*spec.output_tokens[:-1], PENDING)) if late else spec)
             pending.append(mx.array(spec.output_tokens[-1]) if late else None)
-        got = sample(mx.array(logits), told, positions, pending).tolist()
+        got = draw(mx.array(logits), told, positions, pending)[0].tolist()
         for row, spec in enumerate(specs):
             total += 1
             differ += got[row] != sampling.draw(logits[row], spec, positions[row])
@@ -71,18 +71,18 @@ def test_p5_draws_are_the_same(vocab: int) -> None:
 
 
 def test_a_row_does_not_depend_on_its_mates() -> None:
-    from cortexstream.backends.mlx.sample import sample
+    from cortexstream.backends.mlx.sample import draw
 
     rng, numbers = random.Random(0), np.random.default_rng(0)
     logits = mx.array(numbers.standard_normal((ROWS, 384)).astype(np.float32))
     specs = [random_spec(rng, 384) for _ in range(ROWS)]
-    together = sample(logits, specs, list(range(ROWS)), [None] * ROWS).tolist()
+    together = draw(logits, specs, list(range(ROWS)), [None] * ROWS)[0].tolist()
     for row, spec in enumerate(specs):
-        assert sample(logits[row : row + 1], [spec], [row], [None]).tolist() == [together[row]]
+        assert draw(logits[row : row + 1], [spec], [row], [None])[0].tolist() == [together[row]]
 
 
 def test_greedy_takes_the_lowest_id_of_equals() -> None:
-    from cortexstream.backends.mlx.sample import sample
+    from cortexstream.backends.mlx.sample import draw
 
     logits = mx.array([[0.0, 5.0, 5.0, 1.0], [7.0, 7.0, 7.0, 7.0]])
-    assert sample(logits, [SampleSpec()] * 2, [0, 0], [None] * 2).tolist() == [1, 0]
+    assert draw(logits, [SampleSpec()] * 2, [0, 0], [None] * 2)[0].tolist() == [1, 0]

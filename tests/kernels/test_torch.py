@@ -38,7 +38,7 @@ def test_noise_is_the_same(vocab: int) -> None:
 @pytest.mark.parametrize("vocab", [97, 384, 5000])
 def test_p5_draws_are_the_same(vocab: int) -> None:
     """Every parameter, mixed in one batch; PENDING stands for the last output token in some rows."""
-    from cortexstream.backends.cuda.sample import sample
+    from cortexstream.backends.cuda.sample import draw
 
     rng, numbers = random.Random(vocab), np.random.default_rng(vocab)
     differ = total = 0
@@ -52,7 +52,7 @@ def test_p5_draws_are_the_same(vocab: int) -> None:
             told.append(spec._replace(output_tokens=(*spec.output_tokens[:-1], PENDING)) if late else spec)
             pending.append(torch.tensor(spec.output_tokens[-1]) if late else None)
         given = torch.from_numpy(logits.copy())
-        got = sample(given, told, positions, pending).tolist()
+        got = draw(given, told, positions, pending)[0].tolist()
         assert np.array_equal(given.numpy(), logits)  # what logprobs are made of is not changed
         for row, spec in enumerate(specs):
             total += 1
@@ -61,10 +61,10 @@ def test_p5_draws_are_the_same(vocab: int) -> None:
 
 
 def test_greedy_takes_the_lowest_id_of_equals() -> None:
-    from cortexstream.backends.cuda.sample import sample
+    from cortexstream.backends.cuda.sample import draw
 
     logits = torch.tensor([[0.0, 5.0, 5.0, 1.0], [7.0, 7.0, 7.0, 7.0]]).repeat(1, 500)
-    assert sample(logits, [SampleSpec()] * 2, [0, 0], [None] * 2).tolist() == [1, 0]
+    assert draw(logits, [SampleSpec()] * 2, [0, 0], [None] * 2)[0].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("sinks", [False, True])

@@ -77,7 +77,7 @@ def test_a_kernel_that_spills_is_measured_as_one() -> None:
 
 
 def launches(name: str) -> Iterator[Callable[[], object]]:
-    """The same work at many lengths and numbers of rows."""
+    """The same work at many lengths and numbers of rows; and pools of many sizes, as a step's scratch memory has."""
     for n in range(1, 51):
         if name == "decode":
             yield script.decode(4, 2, 64, max_tokens=30 * n, rows=n)
@@ -91,7 +91,8 @@ def launches(name: str) -> Iterator[Callable[[], object]]:
             yield script.prefill(4, 2, 64, bits=8, tokens=7 * n)
         else:
             bits = 4 if "int4" in name else 0
-            yield script.append(2, 64, bits=bits, q_heads=4, rope=64 if "rope" in name else 0, tokens=n)
+            rope = 64 if "rope" in name else 0
+            yield script.append(2, 64, bits=bits, q_heads=4, rope=rope, tokens=n, slots_of_pools=2 * n)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import gc
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cortexstream.backend import BackendOptions
 from cortexstream.plan import PENDING, KVRows, PlanRow, SampleSpec, StepPlan, ring_tokens
 from tests.conftest import require
@@ -57,3 +59,14 @@ def test_f52_a_thousand_steps_leave_no_tensors_behind(tmp_path: Path) -> None:
             after = tensor_bytes()
     assert tensor_bytes() <= after
     assert [part.data_ptr() for store in stores for part in store.parts] == places
+
+
+def test_free_memory_counts_what_torch_keeps_of_freed_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU whose cache of freed tensors is 3 bytes until it is emptied."""
+    from cortexstream.backends.cuda.backend import _free_bytes
+
+    kept = [3]
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 - sum(kept), 200))
+    assert _free_bytes(torch.device("cuda", 0)) == 100
+    assert _free_bytes(torch.device("cpu")) > 100

@@ -3,15 +3,18 @@ definition, in bulk."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cortexstream.backend import LayerKV, ModelInfo
+from cortexstream.backend import BackendOptions, LayerKV, ModelInfo
 from cortexstream.errors import EngineError
-from cortexstream.plan import PENDING, KVRows, PlanRow, SampleSpec
+from cortexstream.models import tiny_folder
+from cortexstream.plan import PENDING, KVRows, PlanRow, SampleSpec, StepPlan
 from cortexstream.sampling import draw as definition
+from cortexstream.sampling import top_logprobs
 from tests.conftest import require
 
 torch: Any = require("torch")
@@ -70,7 +73,7 @@ def test_pending_is_what_the_slot_drew_and_only_in_the_step_after() -> None:
 
 def test_p5_ten_thousand_seeded_draws_are_the_definitions() -> None:
     """float32; every kind of filter; and with noise of 1e-3 on the logits fewer than 0.3 % differ."""
-    from cortexstream.backends.cuda.sample import sample
+    from cortexstream.backends.cuda.sample import draw
 
     rng = np.random.default_rng(5)
     kinds: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}, {"top_p": 0.8, "top_k": 50}]
@@ -83,9 +86,9 @@ def test_p5_ten_thousand_seeded_draws_are_the_definitions() -> None:
         logits = (2 * rng.standard_normal((250, 500))).astype(np.float32)
         positions = [batch * 250 + n for n in range(250)]
         expected = [definition(z, spec, p) for z, spec, p in zip(logits, specs, positions, strict=True)]
-        found = sample(torch.from_numpy(logits), specs, positions, [None] * 250).tolist()
+        found = draw(torch.from_numpy(logits), specs, positions, [None] * 250)[0].tolist()
         near = logits + (1e-3 * rng.standard_normal(logits.shape)).astype(np.float32)
-        moved = sample(torch.from_numpy(near), specs, positions, [None] * 250).tolist()
+        moved = draw(torch.from_numpy(near), specs, positions, [None] * 250)[0].tolist()
         wrong += sum(a != b for a, b in zip(found, expected, strict=True))
         noisy += sum(a != b for a, b in zip(moved, expected, strict=True))
         total += 250
@@ -94,14 +97,78 @@ def test_p5_ten_thousand_seeded_draws_are_the_definitions() -> None:
 
 def test_the_likeliest_are_in_order_and_ties_go_to_the_lowest_ids() -> None:
     """As many as the row asks for, of rows that ask for other numbers, in a vocabulary smaller than what is fetched."""
-    from cortexstream.backends.cuda.results import on_the_way, row_results
+    from cortexstream.backends.cuda.results import draws_of, on_the_way, results_of
 
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0, 3.0], [5.0, 1.0, 1.0, 4.0, 1.0], [0.0, 0.0, 9.0, 0.0, 0.0]])
     specs = [SampleSpec(logprobs=2), SampleSpec(logprobs=4), SampleSpec()]
     rows = tuple(PlanRow(n, n, (1,), 0, kv(n), spec) for n, spec in enumerate(specs))
     draws = on_the_way(logits, specs, torch.tensor([4, 3, 2]), torch.tensor([False, False, False]))
-    found = row_results(rows, draws)
+    found = results_of(draws_of(rows), draws, {})
     assert [[token for token, _ in row.top_logprobs] for row in found] == [[1, 2], [0, 3, 1, 2], []]
     raw = torch.log_softmax(logits, dim=-1)
     assert found[0].logprob == raw[0, 4].item() and found[1].top_logprobs[1][1] == raw[1, 3].item()
     assert found[2].logprob is None and [row.token for row in found] == [4, 3, 2]
+
+
+@pytest.mark.parametrize("levels", [1, 2, 5, 300])
+@pytest.mark.parametrize("count", [1, 3, 20, 50])
+def test_f10_ties_of_logprobs_go_to_the_lowest_ids(levels: int, count: int) -> None:
+    """However many there are: against the definition, for torch and MLX."""
+    from cortexstream.backends.cuda.results import likeliest
+
+    values = np.random.default_rng(levels).integers(0, levels, (6, 50)).astype(np.float32)
+    values[1, ::7] = -np.inf
+    expected = [sorted(token for token, _ in top_logprobs(row, count)) for row in values]
+    assert [sorted(row) for row in likeliest(torch.from_numpy(values), count).tolist()] == expected
+    mx = require("mlx")
+    from cortexstream.backends.mlx import results
+
+    assert [sorted(results.likeliest(mx.array(row), count).tolist()) for row in values] == expected
+
+
+@pytest.fixture
+def backend() -> Iterator[Any]:
+    """The tiny model's, of four slots and 8 blocks of 16 tokens."""
+    from cortexstream.backends.cuda import create
+
+    made = create(BackendOptions(str(tiny_folder()), max_num_seqs=4, block_tokens=16, extra={"device": "cpu"}))
+    made.allocate_kv(8)
+    yield made
+    made.close()
+
+
+def step(backend: Any, number: int, row: PlanRow) -> Any:
+    return backend.collect(backend.submit(StepPlan(number, (row,)))).rows[0]
+
+
+@pytest.mark.parametrize("spec", [SampleSpec(), SampleSpec(presence_penalty=0.5, output_tokens=(PENDING,))])
+def test_a_draw_that_follows_a_broken_one_is_broken(backend: Any, spec: SampleSpec) -> None:
+    """And the one after that, until another sequence has the slot."""
+    from cortexstream.backends.cuda.results import BROKEN
+
+    row = PlanRow(5, 2, (1, 300), 0, KVRows((0,), False), SampleSpec(banned=tuple(range(384))))
+    goes_on = row._replace(tokens=(PENDING,), start=2, sample=spec)
+    tickets = [backend.submit(StepPlan(number, (planned,))) for number, planned in ((1, row), (2, goes_on))]
+    assert [backend.collect(ticket).rows[0].error for ticket in tickets] == [BROKEN, BROKEN]
+    assert step(backend, 3, goes_on._replace(start=3)).error == BROKEN
+    assert step(backend, 4, row._replace(seq_id=6, sample=SampleSpec())).error is None
+
+
+def test_a_reset_forgets_what_was_drawn(backend: Any) -> None:
+    row = PlanRow(5, 2, (1, 300), 0, KVRows((0,), False), SampleSpec())
+    step(backend, 1, row)
+    backend.reset()
+    after = row._replace(tokens=(PENDING,), start=2)
+    with pytest.raises(EngineError, match="row 5 has a pending token, but its slot 2 drew none in the step before"):
+        backend.submit(StepPlan(2, (after,)))
+
+
+def test_a_pending_token_in_a_history_needs_a_draw(backend: Any) -> None:
+    """Though the token that the row feeds is known. Nothing was written; with a draw before it is served."""
+    spec = SampleSpec(presence_penalty=0.5, output_tokens=(300, PENDING))
+    row = PlanRow(5, 2, (1, 300), 0, KVRows((0,), False), spec)
+    with pytest.raises(EngineError, match="row 5 has a pending token, but its slot 2 drew none in the step before"):
+        backend.submit(StepPlan(1, (row,)))
+    assert not any(part.any() for pool in backend._memory.pools for store in pool._stores for part in store.parts)
+    step(backend, 1, row._replace(sample=SampleSpec()))
+    assert step(backend, 2, row._replace(start=2, tokens=(301,))).error is None

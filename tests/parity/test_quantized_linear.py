@@ -13,7 +13,7 @@ import pytest
 from cortexstream.backends.common.checkpoint import read_config, read_weights
 from cortexstream.errors import ModelLoadError
 from tests.conftest import require
-from tests.parity.tiny_models import write_model
+from tests.parity.tiny_models import WINDOWED, write_model
 
 torch: Any = require("torch")
 transformers: Any = require("transformers")
@@ -120,6 +120,47 @@ def test_p2_layers_may_be_packed_each_in_its_own_way(tmp_path: Path) -> None:
     assert (layer.mlp.up_proj.bits, layer.mlp.up_proj.group) == (4, 64)
     assert isinstance(layer.self_attn.v_proj, torch.nn.Linear) and isinstance(layer.self_attn.q_proj, QuantizedLinear)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("bits", [6, 8])
+def test_p2_a_packed_head_of_the_folders_own_is_kept(bits: int, tmp_path: Path) -> None:
+    """transformers' Gemma 3 ties by default, mlx-lm's has a head of its own if the folder has one. The square root of
+    the width, by which both multiply embeddings, is exact here: mlx-lm rounds it to bfloat16."""
+    source = write_model(tmp_path / "model", "gemma3_text", {**WIDE, **WINDOWED["gemma3_text"], "hidden_size": 256})
+    model = load(folder := quantize(source, bits, 64))
+    assert "lm_head.scales" in read_weights(folder)
+    assert model.lm_head.packed.data_ptr() != model.model.embed_tokens.packed.data_ptr()
+    assert off(logits(model), mlx_logits(folder)) < 1e-5
+
+
+def test_p2_a_dense_head_of_the_folders_own_is_kept(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", "gemma3_text", {**WIDE, **WINDOWED["gemma3_text"], "hidden_size": 256})
+    folder = quantize(source, 4, 64, lambda path, module: "lm_head" not in path)
+    model = load(folder)
+    assert isinstance(model.lm_head, torch.nn.Linear) and not isinstance(model.model.embed_tokens, torch.nn.Embedding)
+    assert off(logits(model), mlx_logits(folder)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64], ids=str)
+def test_what_a_model_does_not_compute_is_refused(dtype: Any, tmp_path: Path) -> None:
+    """Not left as NaN: a buffer that no tensor fills and no code of transformers does."""
+    from cortexstream.backends.cuda.quantized import load_weights
+
+    folder = quantize(write_model(tmp_path / "model", "qwen3", WIDE), 4, 64)
+    model = build(folder)
+    norm = model.model.norm
+    norm.register_buffer("extra", torch.empty(3, dtype=dtype, device="meta"), persistent=False)
+    with pytest.raises(ModelLoadError, match=r"model\.norm\.extra is not among the weights, and transformers does not"):
+        load_weights(model, read_weights(folder), read_config(folder), torch.float32)
+
+
+def test_p2_stacked_experts_are_refused_by_name(tmp_path: Path) -> None:
+    from tests.parity.tiny_models import FULL
+
+    settings = {**FULL["mixtral"], "hidden_size": 128, "intermediate_size": 128}
+    folder = quantize(write_model(tmp_path / "model", "mixtral", settings), 4, 32)
+    with pytest.raises(ModelLoadError, match=r"switch_mlp\.\w+ holds packed weights of all experts .* the mlx backend"):
+        load(folder)
 
 
 def test_p2_an_embedding_may_be_scaled(tmp_path: Path) -> None:

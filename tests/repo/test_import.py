@@ -18,7 +18,7 @@ class Blocked:
 
 sys.meta_path.insert(0, Blocked())
 """
-HEAVY = {
+HEAVY = {"llguidance", 
     "mlx", "mlx_lm", "torch", "transformers", "triton", "tokenizers", "sentencepiece", "jinja2", "huggingface_hub",
     "rich", "typer", "prompt_toolkit",
 }  # fmt: skip

@@ -24,6 +24,7 @@ LAYERS = """
     text
     engine
     scheduler
+    speculation
     sequence
     swap
     kv cache
@@ -31,14 +32,17 @@ LAYERS = """
     backend
     plan
     outputs
+    limits
     request config files
+    presets
+    constraint structured
     errors
 """
 """What is directly in cortexstream/, top to bottom. A line may import lower lines; a package also itself."""
 
 RANK = {name: rank for rank, line in enumerate(reversed(LAYERS.split("\n"))) for name in line.split()}
 DEVICE_LIBRARIES = {"mlx", "mlx_lm", "torch", "triton", "transformers"}
-FOR_BACKENDS = {"backend", "plan", "sampling", "config", "errors"}
+FOR_BACKENDS = {"backend", "plan", "outputs", "constraint", "sampling", "config", "errors"}
 WORDS = re.compile(r"(?i)(?<![a-z])(request|sequence|scheduler)s?(?![a-z])")
 
 

@@ -88,3 +88,27 @@ def test_after_a_match_nothing_more_is_shown() -> None:
     assert cutter.feed("a.b") == ("a", ".")
     assert cutter.feed("c") == ("", ".")
     assert cutter.finish() == ""
+
+
+@pytest.mark.parametrize(
+    ("stops", "skipped", "fed", "shown", "matched"),
+    [
+        (("end",), ["the end", " e"], ["nd of"], "the end ", "end"),
+        (("end",), ["en"], ["d"], "", "end"),
+        (("end",), ["en", "d"], ["."], "end.", None),
+        (("aa",), ["aa"], ["a"], "a", "aa"),
+        (("b",), ["abab"], ["a", "b"], "ababa", "b"),
+        (("xyz",), ["ax", "q"], ["xy"], "axqxy", None),
+    ],
+)
+def test_f07_stops_that_do_not_count_yet(
+    stops: tuple[str, ...], skipped: list[str], fed: list[str], shown: str, matched: str | None
+) -> None:
+    """`min_tokens`: what is complete too early is text; what is completed later stops, wherever it began."""
+    cutter = StopStrings(stops)
+    text = "".join(cutter.skip(piece) for piece in skipped)
+    found = None
+    for piece in fed:
+        more, found = cutter.feed(piece)
+        text += more
+    assert (text if found else text + cutter.finish(), found) == (shown, matched)

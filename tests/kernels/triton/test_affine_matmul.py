@@ -25,6 +25,7 @@ CASES: list[tuple[int, int, int, Any, int, int]] = [  # bits, group, rows of x, 
     (8, 128, 16, FP32, 32, 2),
     (8, 128, 9, BRAIN, 3, 1),
     (4, 64, 64, BRAIN, 20, 1),
+    (4, 32, 2, FP16, 8, 16),  # two splits, which are merged, and the bias with them
 ]
 
 affine_matmul: Any = module.affine_matmul  # tensors are given as *tensors

@@ -3,6 +3,8 @@ can show."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -19,10 +21,13 @@ from tests.kernels.test_attention_with_kv_cache import (  # noqa: F401 - tests, 
     test_f43_without_an_update_nothing_changes,
     test_f45_rows_of_different_lengths,
     test_f46_an_overflow_is_told_and_nothing_written,
+    test_f46_unchecked_a_negative_length_is_left_out,
     test_f46_unchecked_a_row_that_overflows_is_left_out,
     test_f50_query_heads_share_key_heads,
     test_f51_a_prompt_in_chunks_gives_the_same,
     test_f51_equal_scores_give_running_means,
+    test_there_are_no_gradients,
+    test_what_does_not_fit_is_refused,
 )
 from tests.kernels.triton.support import DEVICE, INTERPRETED, fenced, torch
 
@@ -38,9 +43,38 @@ def nothing_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_heads_that_the_kernels_do_not_take_are_left_to_torch() -> None:
-    if torch.cuda.is_available():
-        assert module._why_torch(torch.zeros(1, 1, 1, 257, device=DEVICE), Q, Q) == "heads have more than 256 numbers"
+    wide = torch.zeros(1, 1, 1, 257, device=DEVICE)
+    assert module._why_torch(wide, Q, Q) == module._why_torch(Q, Q, wide) == "heads have more than 256 numbers"
     assert module._why_torch(Q, Q, Q) is None
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_every_launch_is_on_the_tensors_device(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is made the current one before any kernel and not left until the last."""
+    from cortexstream.kernels.triton import decode_attention, kv_append, prefill_attention
+
+    events: list[str] = []
+
+    @contextmanager
+    def current(device: Any) -> Iterator[None]:
+        events.append(f"to {device}")
+        yield
+        events.append("back")
+
+    def watched(name: str, launch: Any) -> Any:
+        def told(*args: Any, **options: Any) -> Any:
+            events.append(name)
+            return launch(*args, **options)
+
+        return told
+
+    monkeypatch.setattr(module, "_current", current)
+    for kernels, name in ((kv_append, "kv_append"), (decode_attention, "decode_attention"),
+                          (prefill_attention, "prefill_attention")):  # fmt: skip
+        monkeypatch.setattr(kernels, name, watched(name, getattr(kernels, name)))
+    q, k, v = projections(2, 4, 2, tokens)
+    module.attention_with_kv_cache(q, k, v, cache_max_len=8)
+    assert events == [f"to {q.device}", "kv_append", f"{'decode' if tokens == 1 else 'prefill'}_attention", "back"]
 
 
 @pytest.mark.parametrize("tokens", [1, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from cortexstream import LLM, SamplingParams
 from cortexstream.backend import BackendOptions
 from cortexstream.plan import PENDING, KVRows, PlanRow, SampleSpec, StepPlan, ring_tokens
 from tests.conftest import require
+from tests.kernels.host_numbers import host_numbers
 from tests.parity.torch_models import ARCHITECTURES, write_model
 
 torch: Any = require("torch")
@@ -44,6 +46,32 @@ def generate(folder: Path, kernels: str, **options: Any) -> list[tuple[int, ...]
 def test_f53_f58_tokens_are_those_of_torch(name: str, folders: dict[str, Path]) -> None:
     """Chunks of prompts beside decoding rows, then decoding rows alone."""
     assert generate(folders[name], "triton") == generate(folders[name], "torch")
+
+
+def test_p13_f10_guesses_scores_and_masks_through_triton(folders: dict[str, Path]) -> None:
+    """Rows that draw several times, prompts that are scored, and masks: tokens and numbers are those of torch."""
+    repeats = [[1, 9, 8, 7, 9, 8, 7, 9, 8], [3, 4] * 9]
+    asked = [
+        SamplingParams(max_tokens=8, temperature=0, logprobs=2, ignore_eos=True, allowed_token_ids=[7, 8, 9, 11]),
+        SamplingParams(max_tokens=5, temperature=0.9, seed=3, prompt_logprobs=2, top_k=9, ignore_eos=True,
+                       sampling_metadata=True, logprobs=1, logprobs_mode="processed_logprobs"),
+    ]  # fmt: skip
+    answers = {}
+    for kernels in ("torch", "triton"):
+        with LLM(
+            str(folders["llama"]), backend="cuda", skip_tokenizer_init=True, num_kv_blocks=20, block_tokens=BLOCK,
+            speculative_config={"num_speculative_tokens": 3}, backend_options={"device": "cpu", "kernels": kernels},
+        ) as llm:  # fmt: skip
+            answers[kernels] = llm.generate(repeats, asked, use_tqdm=False)
+            assert llm.stats().accepted_tokens > 0
+    for one, other in zip(answers["torch"], answers["triton"], strict=True):
+        (x,), (y,) = one.outputs, other.outputs
+        assert x.token_ids == y.token_ids
+        scored = zip(one.prompt_logprobs or (), other.prompt_logprobs or (), strict=True)
+        for a, b in [*zip(x.logprobs or (), y.logprobs or (), strict=True), *scored]:
+            assert (a is None) == (b is None)
+            assert all(abs(a[t].logprob - b[t].logprob) < 1e-4 for t in a or () if b is not None and a is not None)
+    assert {t for t in answers["triton"][0].outputs[0].token_ids} <= {7, 8, 9, 11}
 
 
 @pytest.mark.parametrize(("name", "kv_dtype"), [("llama", "int8"), ("mistral", "int4")])
@@ -169,6 +197,7 @@ def specs() -> list[SampleSpec]:
         SampleSpec(frequency_penalty=2.0, **history), SampleSpec(frequency_penalty=2.0, **waiting),
         SampleSpec(repetition_penalty=2.0, presence_penalty=1.0, temperature=0.8, seed=4, top_p=0.8, **waiting),
         SampleSpec(banned=(7,), logit_bias=((8, 2.0),), presence_penalty=0.5, temperature=0.5, seed=6, **history),
+        *(SampleSpec(temperature=2.0, seed=8, top_k=k) for k in (99, 100, 2**31, 2**32 + 1, 2**63, 2**70)),
     ]  # fmt: skip
 
 
@@ -185,6 +214,58 @@ def test_f71_f75_the_draw_by_triton_is_the_draw_by_torch() -> None:
         expected, broken = sample.draw(logits, asked, positions, pending)
         found, also_broken = triton_sample.draw(logits, asked, positions, pending)
         assert found.tolist() == expected.tolist() and also_broken.tolist() == broken.tolist()
+
+
+def test_p11_a_draw_takes_no_number_from_the_host() -> None:
+    """Every parameter of a draw, with both kinds of kernels; and the control of the check."""
+    from cortexstream.backends.cuda import sample, triton_sample
+
+    asked = specs()
+    pending = [torch.tensor(7) if PENDING in spec.output_tokens else None for spec in asked]
+    logits, i = torch.zeros(len(asked), 100), torch.arange(3)
+    for draw in (sample.draw, triton_sample.draw):
+        assert host_numbers(partial(draw, logits, asked, list(range(len(asked))), pending)) == []
+    assert host_numbers(lambda: logits.__setitem__((i, i), -5.0)) == [-5.0]
+
+
+class Recorded:
+    """A kernel that notes what it would be compiled for."""
+
+    def __init__(self, kernel: Any, launched: set[str]) -> None:
+        self._kernel, self._launched = kernel, launched
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **compiled: Any) -> None:
+            self._launched.add(f"{self._kernel.__name__}: {compiled}")
+            self._kernel[grid](*args, **compiled)
+
+        return launch
+
+
+def test_f47_long_rows_compile_nothing_after_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of 600 tokens has two splits in a layer of full attention, whose merge ran before the first step. That
+    wrote nothing."""
+    from cortexstream.backends.cuda import create
+    from cortexstream.kernels.triton import decode_attention
+
+    launched: set[str] = set()
+    for name in ("decode_split_kernel", "decode_merge_kernel"):
+        monkeypatch.setattr(decode_attention, name, Recorded(getattr(decode_attention, name), launched))
+    folder = write_model(
+        tmp_path, "gemma2", {**ARCHITECTURES["gemma2"], "num_hidden_layers": 2, "max_position_embeddings": 1024}
+    )
+    backend: Any = create(
+        BackendOptions(str(folder), block_tokens=64, max_num_seqs=2, extra={"device": "cpu", "kernels": "triton"})
+    )
+    backend.allocate_kv(16, (1,))
+    assert {name.split(":")[0] for name in launched} == {"decode_split_kernel", "decode_merge_kernel"}
+    assert not any(part.any() for pool in backend._memory.pools for store in pool._stores for part in store.parts)
+    before = set(launched)
+    ring = (KVRows((0,), True),)
+    rows = [PlanRow(0, 0, (5,), 600, KVRows(tuple(range(16)), False, ring), SampleSpec())]
+    launched.clear()
+    backend.collect(backend.submit(StepPlan(1, tuple(rows))))
+    assert launched == before
 
 
 def test_f53_slots_that_change_hands_and_two_kinds_of_rotary(tmp_path: Path) -> None:

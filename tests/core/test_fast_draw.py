@@ -1,0 +1,213 @@
+"""The fast draw of the host against the definition: the same token, whatever the logits (F71, F73, F74)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cortexstream import sampling
+from cortexstream.backends.common.draw import draw_rows
+from cortexstream.backends.common.fast_draw import BLOCKS, NOTHING, REACH, SMALL, draw, penalise
+from cortexstream.constraint import Mask, mask_of
+from cortexstream.plan import SampleSpec
+
+Floats = npt.NDArray[np.float32]
+
+
+@st.composite
+def specs(draw: Any, vocab: int) -> SampleSpec:
+    token = st.integers(0, vocab - 1)
+    tokens = st.lists(token, max_size=8).map(tuple)
+    return SampleSpec(
+        temperature=draw(st.sampled_from([0.0, 0.01, 0.3, 0.8, 1.0, 2.0, 40.0])),
+        top_k=draw(st.sampled_from([0, 1, 2, 5, 50, BLOCKS // 2, BLOCKS, vocab, vocab + 3])),
+        top_p=draw(st.sampled_from([1.0, 1.0, 0.99999999, 0.999, 0.95, 0.5, 1e-6, 1e-46])),
+        min_p=draw(st.sampled_from([0.0, 0.0, 1e-30, 0.02, 0.5, 1.0])),
+        seed=draw(st.integers(0, 2**64 - 1)), sample_index=draw(st.integers(0, 5)),
+        repetition_penalty=draw(st.sampled_from([1.0, 0.7, 1.3])), presence_penalty=draw(st.sampled_from([0.0, -1.0])),
+        frequency_penalty=draw(st.sampled_from([0.0, 0.7])), prompt_tokens=draw(tokens), output_tokens=draw(tokens),
+        logit_bias=draw(st.lists(st.tuples(token, st.floats(-50, 50, width=32)), max_size=3).map(tuple)),
+        banned=draw(st.lists(token, max_size=4).map(tuple)),
+    )  # fmt: skip
+
+
+@st.composite
+def rows_of_logits(draw: Any, vocab: int) -> Floats:
+    """Smooth, coarse (ties), flat, huge, nearly all impossible, or falling: what bounds could get wrong."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    z = rng.standard_normal(vocab) * draw(st.sampled_from([0.0, 0.1, 1.0, 4.0, 15.0]))
+    kind = draw(st.sampled_from(["smooth", "coarse", "huge", "shifted", "sparse", "sorted", "giant"]))
+    if kind == "coarse":
+        z = np.round(z)
+    elif kind in ("huge", "giant"):
+        z = z * 10.0 ** draw(st.sampled_from([4, 6, 8] if kind == "huge" else [30, 37]))
+    elif kind == "shifted":
+        z = z + draw(st.sampled_from([1e6, -1e6, 3e8, -3e8]))
+    elif kind == "sparse":
+        z = np.where(rng.random(vocab) < 0.9, -np.inf, z)
+    elif kind == "sorted":
+        z = np.sort(z)[:: draw(st.sampled_from([1, -1]))]
+    z = np.clip(z, -3e38, 3e38) if kind != "sparse" else z
+    if draw(st.booleans()):
+        z[rng.integers(vocab, size=2)] = draw(st.sampled_from([np.nan, np.inf, -np.inf, 0.0]))
+    logits: Floats = z.astype(np.float32)
+    return logits
+
+
+def defined(z: Floats, spec: SampleSpec, position: int) -> int:
+    """The definition's token, or NOTHING where it has none."""
+    with np.errstate(all="ignore"):
+        largest = sampling.bias(z, spec).max()
+        return sampling.draw(z, spec, position) if np.isfinite(largest) else NOTHING
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@given(data=st.data(), vocab=st.sampled_from([1, 2, 3, 5, 64, 384, 1023, 2 * BLOCKS + 5, SMALL + 1, 9001]))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_f71_every_token_is_the_definitions(data: Any, vocab: int) -> None:
+    count = data.draw(st.integers(1, 5))
+    logits = np.stack([data.draw(rows_of_logits(vocab)) for _ in range(count)])
+    wanted = [data.draw(specs(vocab)) for _ in range(count)]
+    positions = [data.draw(st.integers(0, 2**31)) for _ in range(count)]
+    expected = [defined(*row) for row in zip(logits, wanted, positions, strict=True)]
+    before = logits.copy()
+    assert draw(logits, wanted, positions).tolist() == expected
+    np.testing.assert_array_equal(logits, before)
+
+
+@given(data=st.data(), vocab=st.sampled_from([1, 31, 33, 384, SMALL + 3]))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_f71_under_a_mask_too(data: Any, vocab: int) -> None:
+    """Asked for once; what it leaves may be nothing."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    z = rng.standard_normal(vocab).astype(np.float32)
+    allowed = np.flatnonzero(rng.random(vocab) < data.draw(st.sampled_from([0.0, 0.01, 0.5])))
+    asked: list[Mask] = []
+
+    def mask() -> Mask:
+        asked.append(mask_of(allowed.tolist(), vocab))
+        return asked[-1]
+
+    spec = data.draw(specs(vocab))._replace(mask=mask)
+    found = draw(z[None], [spec], [3]).tolist()
+    assert len(asked) == 1
+    assert found == [defined(z, spec, 3)]
+
+
+def test_f71_the_penalties_of_tokens_that_occurred_are_all_there_is() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        z = rng.standard_normal(40).astype(np.float32)
+        spec = SampleSpec(
+            repetition_penalty=1.3, presence_penalty=-0.4, frequency_penalty=0.3,
+            prompt_tokens=tuple(rng.integers(40, size=9).tolist()),
+            output_tokens=tuple(rng.integers(8, size=9).tolist()),
+        )  # fmt: skip
+        np.testing.assert_array_equal(penalise(z, spec), sampling.penalise(z, spec))
+
+
+def test_f71_a_distribution_whose_nucleus_is_nearly_everything() -> None:
+    """Bounds that are too high at first are lowered until the nucleus is inside."""
+    flat = np.random.default_rng(1).uniform(0, 0.01, 20_000).astype(np.float32)
+    peaked = np.where(np.arange(20_000) == 7, np.float32(9.0), flat)
+    for z in (flat, peaked):
+        for top_p in (0.05, 0.5, 0.9, 0.999, 0.999999, 0.9999999999):
+            wanted = [SampleSpec(temperature=1.0, top_p=top_p, seed=seed) for seed in range(8)]
+            rows = np.tile(z, (8, 1))
+            assert draw(rows, wanted, range(8)).tolist() == [defined(z, spec, n) for n, spec in enumerate(wanted)]
+
+
+def test_f71_a_token_far_below_the_largest_wins_if_its_noise_is_that_large() -> None:
+    """Beside a score of 0 by a little; beside one of 3e8, where floats are 32 apart, as the lower id of equals."""
+    vocab = 100_000
+    position, token = next(
+        (position, int(noise.argmax()))
+        for position in range(1000)
+        if 16.1 < (noise := sampling.noise(3, position, 0, vocab)[:-1]).max()
+    )
+    noise = sampling.noise(3, position, 0, vocab)
+    assert noise[token] - noise[-1] > 15.0
+    for far, largest in ((noise[-1] - noise[token] + 0.01, 0.0), (3e8 - 32, 3e8)):
+        z = np.full(vocab, -3e38, np.float32)
+        z[token], z[-1] = far, largest
+        spec = SampleSpec(temperature=1.0, seed=3)
+        assert draw(z[None], [spec], [position]).tolist() == [defined(z, spec, position)] == [token]
+    # The largest and the smallest noise there are: further below than they are apart no token can win.
+    most, least = sampling.gumbel(np.array([0, 2**32 - 1], np.uint32))
+    assert most - least < REACH - 4.0
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 40])
+def test_f71_all_of_the_k_likeliest_are_drawn(k: int) -> None:
+    """Nearly equal, with others just below, so that each of them must come and no other may."""
+    rng = np.random.default_rng(k)
+    z = np.full(3 * BLOCKS + 7, -1.0, np.float32)
+    able = rng.choice(len(z), k, replace=False)
+    z[able] = rng.uniform(0.0, 0.01, k)
+    spec = SampleSpec(temperature=1.0, top_k=k, seed=2)
+    count = 30 * k
+    found = draw(np.tile(z, (count, 1)), [spec] * count, range(count)).tolist()
+    assert set(found) == set(able.tolist())
+    assert found[:50] == [defined(z, spec, position) for position in range(count)][:50]
+
+
+def test_f71_rows_with_the_same_few_candidates_have_noise_of_their_own() -> None:
+    z = np.full(SMALL + 1, -100.0, np.float32)
+    z[8:12] = (0.0, 0.1, 0.2, 0.3)
+    for spec in (SampleSpec(temperature=1.0), SampleSpec(temperature=1.0, top_k=3)):
+        wanted = [spec._replace(seed=seed) for seed in range(40)]
+        found = draw(np.tile(z, (40, 1)), wanted, [9] * 40).tolist()
+        assert found == [defined(z, one, 9) for one in wanted] and len(set(found)) > 2
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_f74_scores_that_overflow(filters: dict[str, float]) -> None:
+    """Upwards the first of them is drawn; downwards what does not overflow, and the first token if all do."""
+    spec = SampleSpec(temperature=0.01, seed=4, **filters)  # type: ignore[arg-type]
+    for vocab in (64, SMALL + 1):
+        up, down, all_down = (np.full(vocab, fill, np.float32) for fill in (1.0, -2e38, -3e38))
+        up[[20, 30]], down[40] = (2e38, 3e38), -1.0
+        for z, token in ((up, 20), (down, 40), (all_down, 0)):
+            assert draw(z[None], [spec], [1]).tolist() == [defined(z, spec, 1)] == [token]
+
+
+def test_f72_penalties_that_change_which_token_is_the_largest() -> None:
+    rng = np.random.default_rng(6)
+    for vocab in (20, SMALL + 9):
+        for number in range(60):
+            z = (3 * rng.standard_normal(vocab)).astype(np.float32)
+            best = np.argsort(-z)[:4].tolist()
+            spec = SampleSpec(
+                temperature=float(rng.choice([0.0, 0.3, 1.0])), seed=number, top_k=int(rng.choice([0, 3])),
+                top_p=float(rng.choice([1.0, 0.8])), min_p=float(rng.choice([0.0, 0.1])), repetition_penalty=1.5,
+                presence_penalty=0.5, frequency_penalty=0.5, prompt_tokens=(best[1],), output_tokens=(best[0],) * 3,
+            )  # fmt: skip
+            assert draw(z[None], [spec], [number]).tolist() == [defined(z, spec, number)]
+
+
+def test_f74_no_rows() -> None:
+    assert draw(np.zeros((0, 5), np.float32), [], []).tolist() == []
+
+
+def test_f11_f74_rows_of_the_host_ask_for_a_mask_once_and_say_why_they_cannot_draw() -> None:
+    logits = np.array([[0.0, 1.0, 2.0, 3.0]] * 4, np.float32)
+    logits[1, 0], logits[3, 3] = np.nan, np.inf
+    asked: list[int] = []
+
+    def mask() -> Mask:
+        asked.append(1)
+        return mask_of([0, 2], 4)
+
+    spec = SampleSpec(temperature=1.0, top_k=1, mask=mask, logprobs=1, processed=True, metadata=True)
+    found = draw_rows(logits, [spec, SampleSpec(), SampleSpec(banned=(0, 1, 2, 3)), SampleSpec(banned=(3,))], [5] * 4)
+    assert len(asked) == 1
+    assert found[0].token == 2 and found[0].top_logprobs == ((2, 0.0),)
+    assert found[0].metadata is not None and found[0].metadata.num_filtered == 3
+    assert found[1].error is not None and "1 of 4 logits are NaN or +inf" in found[1].error
+    assert found[2].error is not None and "all 4 tokens are banned" in found[2].error
+    assert found[3].error is None and found[3].token == 2  # a banned token's logit may be anything
