@@ -76,7 +76,8 @@ class EngineConfig:
     kv_dtype: Literal["auto", "int8", "int4"] = "auto"  # auto: like dtype; else integers with a scale per group
     enable_prefix_caching: bool = True  # what was computed for one prompt serves others that begin alike
     batch_invariant: bool | None = None  # tokens and logprobs are the same bits alone and in any batch; None: where
-    # that costs less than a tenth. A backend that cannot says so in `LLM.info.invariance`
+    # that costs less than a tenth, and on for reference, which defines what is right. A backend that cannot says so in
+    # `LLM.info.invariance`
     preemption_mode: Literal["auto", "recompute", "swap"] = "auto"  # auto: the cheaper one, as measured
     swap_memory: int | str | None = None  # most bytes of host memory, beside the KV memory and taken when they are
     # used, for copies of preempted sequences; 0: none; None: 1/4 of the KV memory, at most 4 GiB

@@ -30,7 +30,8 @@ class ConstraintState(Protocol):
 
     def masks(self, draft: tuple[int, ...] = ()) -> list[Mask]:
         """What may be drawn now, and after each token of `draft`: 1 + len(draft) masks. Those after a drafted token
-        that may not be drawn are all zeros. Nothing is advanced. Raises ConstraintError if the grammar fails."""
+        that may not be drawn, or where the grammar fails, are all zeros. Nothing is advanced. Raises ConstraintError if
+        the grammar fails now."""
         ...
 
     def advance(self, token: int) -> None:

@@ -22,10 +22,13 @@ MAX_SHOWN = 60  # characters
 
 def shown(value: object) -> str:
     """A refused value as a message shows it: its repr, cut to MAX_SHOWN characters. Python refuses to write out whole
-    numbers of thousands of digits; of those it is the size."""
+    numbers of thousands of digits; of those it is the size, and of what holds one the type."""
     if isinstance(value, int) and value.bit_length() > 4 * MAX_SHOWN:
         return f"a whole number of {value.bit_length()} bits"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:
+        text = f"a {type(value).__name__} with a number of thousands of digits"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
 
 

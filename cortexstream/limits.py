@@ -58,7 +58,7 @@ def _check_choice(request: Request, limits: Limits) -> None:
         )
     if not sampling.min_tokens:
         return
-    bans |= limits.eos_token_ids.union(sampling.stop_token_ids)
+    bans.update(sampling.stop_token_ids, () if sampling.ignore_eos else limits.eos_token_ids)
     allowed = sampling.allowed_token_ids
     if len(bans) >= limits.vocab_size if allowed is None else bans.issuperset(allowed):
         raise InvalidRequestError(

@@ -38,8 +38,8 @@ class SampleSpec(NamedTuple):
     logit_bias: tuple[tuple[int, float], ...] = ()
     banned: tuple[int, ...] = ()  # token ids that must not be drawn now
     mask: Callable[[], Mask] | None = None
-    """Gives the words of `cortexstream.constraint.Mask`; None: everything may be drawn. A backend calls it once, after
-    it has queued the forward pass, so that a grammar works while the device does."""
+    """Gives the words of `cortexstream.constraint.Mask`, the same ones whenever it is called; None: everything may be
+    drawn. A backend calls it after it has queued the forward pass, so that a grammar works while the device does."""
     processed: bool = False  # logprobs are of the distribution that was drawn from, not of the model's own
     metadata: bool = False  # report `TokenMetadata`, too
 
@@ -79,8 +79,8 @@ class KVRows(NamedTuple):
 class PlanRow(NamedTuple):
     """One sequence's part of a step: feed `tokens` from position `start`, then draw if `sample` is given.
 
-    With `drafts` the last 1 + len(drafts) tokens are guesses but for the first of them, and each draws: the draw after
-    a guess counts only if the one before it drew that guess. Such a row has no PENDING.
+    With `drafts` the row's tokens are the last known one and guesses at what follows it, and it draws after each: the
+    draw after a guess counts only if the one before it drew that guess. Such a row has no PENDING.
     """
 
     seq_id: int
@@ -94,7 +94,7 @@ class PlanRow(NamedTuple):
 
     @property
     def draws(self) -> tuple[SampleSpec, ...]:
-        """Of the last len(draws) tokens, in order of position."""
+        """Of the last tokens, in order of position: one, or of a row that guesses all."""
         return (*self.drafts, self.sample) if self.sample is not None else ()
 
 
@@ -161,6 +161,7 @@ class RowResult(NamedTuple):
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first
     error: str | None = None  # this row alone failed (NaN logits, say); `token` means nothing then
     metadata: TokenMetadata | None = None
+    finite: bool = True  # False: the logits were no numbers, so what the row computed cannot be trusted
 
 
 class TokenScore(NamedTuple):

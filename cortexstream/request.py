@@ -8,6 +8,7 @@ import operator
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any, Literal
 
 from cortexstream.constraint import Constraint
@@ -100,7 +101,7 @@ class SamplingParams:
             put(self, name, _float(name, getattr(self, name)))
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "sampling_metadata"):
             if not isinstance(getattr(self, name), bool):
-                raise InvalidRequestError(name, f"is {getattr(self, name)!r}; must be True or False")
+                raise InvalidRequestError(name, f"is {shown(getattr(self, name))}; must be True or False")
         put(self, "structure", grammar_source(self.response_format, self.regex, self.choice, self.grammar))
         self._check_ranges()
 
@@ -123,7 +124,7 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _in_range(name, getattr(self, name), 0, MAX_LOGPROBS)
-        if self.logprobs_mode not in LOGPROBS_MODES:
+        if not isinstance(self.logprobs_mode, str) or self.logprobs_mode not in LOGPROBS_MODES:
             words = " or ".join(repr(mode) for mode in LOGPROBS_MODES)
             raise InvalidRequestError("logprobs_mode", f"is {shown(self.logprobs_mode)}; must be {words}")
         if self.allowed_token_ids is not None and not set(self.allowed_token_ids) - set(self.bad_token_ids):
@@ -140,7 +141,7 @@ class SamplingParams:
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SamplingParams:
         """The parameters of `cortexstream.presets.PRESETS[name]`, with changes: preset("creative", max_tokens=99)."""
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise InvalidRequestError("preset", f"is {shown(name)}; must be one of {', '.join(PRESETS)}")
         values: dict[str, Any] = {**PRESETS[name], **changes}
         return cls(**values)
@@ -148,6 +149,8 @@ class SamplingParams:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
         """Like `SamplingParams(**values)`; an unknown name is an InvalidRequestError."""
+        if not isinstance(values, Mapping):
+            raise InvalidRequestError("sampling_params", f"is {shown(values)}; must map names to values")
         known = {f.name for f in fields(cls) if f.init}
         for name in values:
             if name not in known:
@@ -159,7 +162,7 @@ def _in_range(name: str, value: float, low: float, high: float | None, high_name
     if value < low or (high is not None and value > high):
         limit = f"at least {low}" if high is None else f"{low} to {high}"
         limit += f" ({high_name})" if high_name else ""
-        raise InvalidRequestError(name, f"is {value}{' for ' + of if of else ''}; must be {limit}")
+        raise InvalidRequestError(name, f"is {shown(value)}{' for ' + of if of else ''}; must be {limit}")
 
 
 def _int(name: str, value: Any) -> int:
@@ -168,30 +171,31 @@ def _int(name: str, value: Any) -> int:
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):
-        raise InvalidRequestError(name, f"is {value!r}; must be a whole number")
+        raise InvalidRequestError(name, f"is {shown(value)}; must be a whole number")
     return number
 
 
 def _float(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InvalidRequestError(name, f"is {shown(value)}; must be a finite number")
     try:
         number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise InvalidRequestError(name, f"is {value!r}; must be a number") from None
-    if isinstance(value, (bool, str)) or not math.isfinite(number):
-        raise InvalidRequestError(name, f"is {value!r}; must be a finite number")
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise InvalidRequestError(name, f"is {shown(value)}; must be a finite number")
     return number
 
 
 def _items(name: str, values: Iterable[Any], kind: type) -> tuple[Any, ...]:
-    try:
-        items = tuple(values)
-    except TypeError:
-        raise InvalidRequestError(name, f"is {values!r}; must be a list of items of type {kind.__name__}") from None
+    if isinstance(values, (str, bytes, bytearray, Mapping)) or not isinstance(values, Iterable):
+        raise InvalidRequestError(name, f"is {shown(values)}; must be a list of items of type {kind.__name__}")
+    items = tuple(values)
     if kind is int:
         return tuple(_int(name, item) for item in items)
     for item in items:
         if not isinstance(item, kind):
-            raise InvalidRequestError(name, f"has {item!r}; every item must be of type {kind.__name__}")
+            raise InvalidRequestError(name, f"has {shown(item)}; every item must be of type {kind.__name__}")
     return items
 
 

@@ -158,7 +158,10 @@ def describe(logits: Floats, spec: SampleSpec, token: int) -> Description:
         metadata = TokenMetadata(entropy, chosen, int(np.count_nonzero(np.isneginf(processed))))
     if spec.logprobs is None:
         return Description(None, (), metadata)
-    return Description(float(logprobs[token]), top_logprobs(logprobs, spec.logprobs), metadata)
+    top = top_logprobs(logprobs, spec.logprobs)
+    if spec.processed:  # what was filtered out is none of the likeliest
+        top = tuple(pair for pair in top if pair[1] > -np.inf)
+    return Description(float(logprobs[token]), top, metadata)
 
 
 def log_softmax(logits: Floats) -> Floats:

@@ -230,11 +230,9 @@ class Scheduler:
             raise EngineError(f"step {result.step} is not the oldest in flight")
         planned = self._in_flight.popleft()
         drafts = planned.drafts
-        draws = (
-            [s.id for s in planned.drawing for _ in range(1 + len(drafts.get(s.id, ())))]
-            if drafts
-            else [s.id for s in planned.drawing]
-        )
+        draws = [s.id for s in planned.drawing]
+        if drafts:
+            draws = [number for number in draws for _ in range(1 + len(drafts.get(number, ())))]
         if draws != [row.seq_id for row in result.rows] or [s.id for s, _ in planned.scored] != [
             scored.seq_id for scored in result.scores
         ]:
@@ -258,12 +256,17 @@ class Scheduler:
     def _take_guessed(
         self, sequence: Sequence, draft: tuple[int, ...], drawn: list[RowResult], step: int
     ) -> list[TokenEvent]:  # fmt: skip
-        """The draws of a row with guesses: those up to the first that is not what it guessed, that one included."""
+        """The draws of a row with guesses: those up to the first that is not what it guessed, that one included.
+
+        A draw that failed behind a guess is not taken: a row of its own draws it again, and fails as it would without
+        guesses, if it still does.
+        """
         right = accepted(draft, (row.token if row.error is None else None for row in drawn))
+        taken = right if right and drawn[right].error is not None else right + 1
         if sequence.handle is not None:  # without a handle it was preempted, and is computed again
-            sequence.handle.rewind(sequence.handle.position - len(draft) + right)
+            sequence.handle.rewind(sequence.handle.position - len(draft) - 1 + taken)
         events = []
-        for row in drawn[: right + 1]:
+        for row in drawn[:taken]:
             events.append(self._take(sequence, row, step))
             if sequence.finish is not None:
                 break
@@ -277,13 +280,14 @@ class Scheduler:
         if row.error is not None or (constrained and not sequence.obeys(row.token)):
             reason = sequence.constraint_error or row.error
             self._finish(sequence, FinishReason.ERROR)
-            if sequence.constraint_error is None:
+            if not row.finite:
                 self.arena.clear()  # numbers that are not finite may be in what others would reuse
             error = f"sequence {sequence.id}, step {step}: {reason}"
             return TokenEvent(row.seq_id, None, None, (), FinishReason.ERROR, error)
         sequence.tokens.append(row.token)
         finish: FinishReason | None = None
-        stops = row.token in sequence.stop_ids
+        # A form's end of sequence is no text, whoever ignores it otherwise.
+        stops = row.token in sequence.stop_ids or (constrained and row.token in self.limits.eos_token_ids)
         if stops or (constrained and sequence.text_is_whole):
             finish = FinishReason.STOP
         elif len(sequence.tokens) >= sequence.limit_tokens:

@@ -144,7 +144,7 @@ class Sequence:
 
     def obeys(self, token: int) -> bool:
         """Tell the grammar of a drawn token. False, with `constraint_error` set, if it is refused."""
-        if self._constraint is not None and token not in self.stop_ids:
+        if self._constraint is not None:
             try:
                 self._constraint.advance(token)
             except ConstraintError as error:
@@ -197,7 +197,8 @@ class Sequence:
     def sample_spec(self, guessed: tuple[int, ...] = (), masks: Callable[[], list[Mask]] | None = None) -> SampleSpec:
         """How to draw behind what was drawn so far and what is `guessed` to follow it."""
         sampling, spec = self.request.sampling, self._spec
-        if self.num_tokens - self.num_prompt + len(guessed) < sampling.min_tokens:
+        early = self.num_tokens - self.num_prompt + len(guessed) < sampling.min_tokens
+        if early and not self.constrained:  # a grammar's masks see to that themselves
             spec = spec._replace(banned=tuple(sorted(self.stop_ids.union(spec.banned))))
         if spec.penalised:
             output = (*self.tokens[self.num_prompt :], *[PENDING] * self.draws_pending, *guessed)
@@ -214,13 +215,19 @@ class Sequence:
         except ConstraintError as error:
             self.constraint_error = str(error)
             return [mask_of((), self._vocab_size)] * (1 + len(draft))
-        return masks if self._allowed is None else [mask & self._allowed for mask in masks]
+        if self._allowed is not None:
+            masks = [mask & self._allowed for mask in masks]
+        missing = self.request.sampling.min_tokens - self.num_output
+        if missing > 0:  # no stop comes so early, unless nothing else is left: then the text is over
+            text = ~mask_of(self.stop_ids, self._vocab_size)
+            masks[:missing] = [mask & text if (mask & text).any() else mask for mask in masks[:missing]]
+        return masks
 
     def _score(self, start: int, end: int) -> Score | None:
         """Of the prompt's tokens behind those that a row feeds."""
         if not self.wants_scores:
             return None
-        targets = tuple(self.tokens[start + 1 : min(end + 1, self.num_prompt)])
+        targets = tuple(self.tokens[start + 1 : end + 1])  # nothing is drawn before all of the prompt is scored
         count = self.request.sampling.prompt_logprobs
         return None if not targets or count is None else Score(targets, count)
 

@@ -8,6 +8,7 @@ greedy or seeded (unlike in rejection sampling, Leviathan et al. 2022, where onl
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from time import perf_counter
 from typing import NamedTuple, Protocol
 
 from cortexstream.backend import WarmupReport
@@ -114,6 +115,7 @@ class Speculation:
     def __init__(self, drafter: Drafter, arena: KVArena) -> None:
         self.drafter = drafter
         self.rows = self.drafted_tokens = self.accepted_tokens = 0
+        self.seconds = 0.0  # that the drafter took
         self._arena = arena
 
     def guess(self, decoding: Sequence[Served], spare_tokens: int) -> dict[int, tuple[int, ...]]:
@@ -125,7 +127,10 @@ class Speculation:
         if not asks:
             return {}
         drafts = {}
-        for ask, draft in zip(asks, self.drafter.propose(asks), strict=True):
+        began_s = perf_counter()
+        proposed = self.drafter.propose(asks)
+        self.seconds += perf_counter() - began_s
+        for ask, draft in zip(asks, proposed, strict=True):
             room = self._room_for(ask.sequence, len(draft)) if draft else 0
             if room:
                 drafts[ask.sequence.id] = draft[:room]

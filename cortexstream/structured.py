@@ -6,7 +6,9 @@ No grammar library is imported here; `cortexstream.text.grammar` turns a source 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, NamedTuple
 
 from cortexstream.errors import InvalidRequestError, shown
@@ -15,6 +17,10 @@ MAX_BYTES = 64 * 1024  # of a schema, a grammar, or all choices, as UTF-8
 MAX_REGEX_BYTES = 8 * 1024  # 64 KiB of "a?a?a?..." would take 7 s and 1.8 GB to compile; both grow with the square
 MAX_DEPTH = 32  # of objects and arrays in a schema
 MAX_CHOICES = 1024
+MAX_MULTIPLE = 100_000  # the product of all `multipleOf`: an automaton has so many states; 99999999 took gigabytes
+MAX_INTERSECTIONS = 8  # "&" in a Lark grammar: 23 of them took minutes and gigabytes
+LITERAL = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/')  # of Lark: a string, a regular expression
+MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([0-9.eE+-]+)')  # in a schema within a Lark grammar
 
 Kind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 FIELDS = ("response_format", "regex", "choice", "grammar")
@@ -57,7 +63,7 @@ def grammar_source(
         "response_format": _response_format(response_format),
         "regex": None if regex is None else GrammarSource("regex", _text("regex", regex, MAX_REGEX_BYTES)),
         "choice": None if choice is None else _choice(choice),
-        "grammar": None if grammar is None else GrammarSource("grammar", _text("grammar", grammar, MAX_BYTES)),
+        "grammar": None if grammar is None else _lark(grammar),
     }
     given = [name for name, source in sources.items() if source is not None and values[name] is not None]
     if len(given) > 1:
@@ -122,6 +128,7 @@ def _plain_json(schema: Any) -> Any:
     top: list[Any] = [None]
     open_: list[tuple[Any, Any, Any, int]] = [(schema, top, 0, 1)]  # value, where its copy goes, under which key, depth
     num_values = 0
+    multiples: set[Any] = set()
     while open_:
         value, holder, key, depth = open_.pop()
         num_values += 1
@@ -130,6 +137,8 @@ def _plain_json(schema: Any) -> Any:
             copy: Any = dict.fromkeys(value)
             items = value.items()
             _check_names(value)
+            multiple = value.get("multipleOf")
+            multiples |= {multiple} if isinstance(multiple, (int, float)) else set()
         elif isinstance(value, (list, tuple)):
             copy = [None] * len(value)
             items = enumerate(value)
@@ -143,7 +152,40 @@ def _plain_json(schema: Any) -> Any:
             raise InvalidRequestError("response_format", f"has a schema above the limit of {MAX_BYTES} bytes")
         holder[key] = copy
         open_ += [(inner, copy, name, depth + 1) for name, inner in items]
+    _check_multiples("response_format", map(_written, multiples))
     return top[0]
+
+
+def _written(number: int | float) -> str:
+    """A number as text; of thousands of digits, which Python does not write, one that is above any limit."""
+    return repr(number) if abs(number) < 2**63 else str(2**63)
+
+
+def _lark(grammar: Any) -> GrammarSource:
+    text = _text("grammar", grammar, MAX_BYTES)
+    intersections = LITERAL.sub("", text).count("&")
+    if intersections > MAX_INTERSECTIONS:
+        raise InvalidRequestError(
+            "grammar", f"has {intersections} intersections (&); at most {MAX_INTERSECTIONS} are allowed"
+        )
+    _check_multiples("grammar", set(MULTIPLE.findall(text)))
+    return GrammarSource("grammar", text)
+
+
+def _check_multiples(field: str, multiples: Iterable[str]) -> None:
+    """Their digits count: 0.01 and 1000 are as cheap as 1."""
+    product = 1
+    for written in multiples:
+        try:
+            digits = Decimal(written).normalize().as_tuple().digits
+        except InvalidOperation:  # no number: the compiler says so
+            continue
+        product *= max(1, int("".join(map(str, digits[:20]))))
+    if product > MAX_MULTIPLE:
+        raise InvalidRequestError(
+            field,
+            f"has multipleOf with a product of {product} (zeros at the end aside); at most {MAX_MULTIPLE} is allowed",
+        )
 
 
 def _check_names(value: Mapping[Any, Any]) -> None:

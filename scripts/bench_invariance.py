@@ -2,7 +2,8 @@
 
     python scripts/bench_invariance.py [--json docs/benchmarks/invariance.json] [--rounds 5]
 
-The embedded model, and a random one of four layers, 512 wide; medians over the rounds. MLX has no other arithmetic to
+The embedded model, a random one of four layers, 512 wide, and where there is torch one with experts (two layers, 256
+wide, 8 experts of which 2 are used); medians over the rounds. MLX has no other arithmetic to
 switch to, so there the two must be alike. A third of a minute for each backend and model on one core.
 """
 
@@ -24,6 +25,7 @@ from bench_record import write_record
 from cortexstream import LLM, SamplingParams
 
 BATCHES = (1, 8, 32)
+EXPERTS = "experts, 2 x 256"
 DECODED = 12  # tokens a round and row
 PREFILLED = 256  # tokens of one prompt
 CONFIG: dict[str, Any] = {
@@ -41,9 +43,10 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         models = {"embedded": None, "random, 4 x 512": write_random(Path(folder))}
-        cases = [
-            measure(backend, name, model, options.rounds) for backend in backends() for name, model in models.items()
-        ]
+        cases = []
+        for backend in backends():
+            its_own = {EXPERTS: write_experts(Path(folder) / "experts")} if backend["backend"] == "cuda" else {}
+            cases += [measure(backend, name, model, options.rounds) for name, model in {**models, **its_own}.items()]
     if options.json is not None:
         values = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "rounds": options.rounds, "cases": cases}
         write_record(options.json, values)
@@ -124,6 +127,21 @@ def write_random(folder: Path) -> Path:
     text = json.dumps(header).encode()
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
     (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def write_experts(folder: Path) -> Path:
+    """A mixtral with random weights, made by transformers."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    settings = transformers.MixtralConfig(
+        vocab_size=8192, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=2048,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(settings).save_pretrained(str(folder))
     return folder
 
 

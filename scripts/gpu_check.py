@@ -5,10 +5,10 @@
     python scripts/gpu_check.py --smoke    # runs all of it on a CPU with tiny shapes and measures nothing
 
 a  every Triton kernel against its definition in float64, among NaN, 20 times with the same bits
-b  tokens of small models equal to those of the CPU device in float32: with graphs and without, alone and mixed
+b  tokens of small models equal to those of the CPU device in float32: graphs or none, alone, mixed, with guesses
 c  bandwidth, attention, appends, products with packed weights, the sampler: microseconds, bytes, share of the bandwidth
 d  a random model of Llama 3 8B's shape: decode steps against their floor, tokens/s beside transformers, launches
-e  steps that never wait, no kernel compiled for a new length, memory that does not grow
+e  steps of each kind of draw that never wait, no kernel compiled for a new length, memory that does not grow
 
 It needs torch, triton, transformers and numpy, and this checkout. Each part has processes of its own and a time limit,
 so that one that crashes does not take the others' results along. What was not measured is said to be not measured, and

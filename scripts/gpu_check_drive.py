@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cortexstream.plan import PENDING, KVRows, PlanRow, SampleSpec, StepPlan
+from cortexstream.plan import PENDING, KVRows, PlanRow, RowResult, SampleSpec, Score, StepPlan, StepResult
 
 Guard = Callable[[], AbstractContextManager[object]]
 STEPS = count(1)  # numbers of steps must rise, whoever drives a backend
@@ -31,10 +32,26 @@ class Row:
 
     def decoding(self) -> PlanRow:
         last = PENDING if self.waits else self.output[-1]
-        spec = self.spec
-        if spec.penalised:
-            spec = spec._replace(output_tokens=(*self.output, *((PENDING,) if self.waits else ())))
+        spec = self._behind((PENDING,) if self.waits else ())
         return PlanRow(self.number, self.number, (last,), self.length, self.kv, spec)
+
+    def guessing(self, guesses: tuple[int, ...]) -> PlanRow:
+        """A draw after the last token, and one after each guess at what follows it."""
+        *drafts, last = (self._behind(guesses[:count]) for count in range(len(guesses) + 1))
+        tokens = (self.output[-1], *guesses)
+        return PlanRow(self.number, self.number, tokens, self.length, self.kv, last, tuple(drafts))
+
+    def keep(self, guesses: Sequence[int], drawn: Sequence[RowResult]) -> None:
+        """Of draws after the last token and after each guess those that count: up to the first that was not guessed."""
+        for number, one in enumerate(drawn):
+            self.output.append(one.token)
+            self.length += 1
+            if one.token not in guesses[number : number + 1]:
+                return
+
+    def _behind(self, more: tuple[int, ...]) -> SampleSpec:
+        """How to draw behind the output and what follows it."""
+        return self.spec._replace(output_tokens=(*self.output, *more)) if self.spec.penalised else self.spec
 
 
 class Drive:
@@ -42,6 +59,8 @@ class Drive:
 
     def __init__(self, backend: Any, specs: Sequence[SampleSpec], capacity: int) -> None:
         self._backend = backend
+        self.drawn = 0  # draws that came back
+        self._plans: deque[StepPlan] = deque()  # in flight
         each = -(-capacity // backend.info.block_tokens)
         blocks = list(range(each * len(specs)))
         random.Random(0).shuffle(blocks)
@@ -50,23 +69,33 @@ class Drive:
             for number, spec in enumerate(specs)
         ]
 
-    def prefill(self, prompts: Sequence[Sequence[int]], most_tokens: int) -> None:
-        """Compute a prompt per row, with at most so many tokens in a step; every row draws its first token."""
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], most_tokens: int, scored: int | None = None, guard: Guard = nullcontext
+    ) -> int:
+        """Compute a prompt per row, with at most so many tokens in a step; every row draws its first token. With
+        `scored` the steps tell the prompts' logprobs, and so many of the likeliest. Returns the number of steps."""
         for row in self.rows:
             row.length, row.output, row.waits = 0, [], False
         waiting = [(row, tuple(prompt)) for row, prompt in zip(self.rows, prompts, strict=True)]
+        steps = 0
         while waiting:
             room, rows, drawing = most_tokens, [], []
             while waiting and room:
                 row, prompt = waiting[0]
                 part = prompt[row.length : row.length + room]
                 ends = row.length + len(part) == len(prompt)
-                rows.append(PlanRow(row.number, row.number, part, row.length, row.kv, row.spec if ends else None))
+                spec, targets = row.spec if ends else None, prompt[row.length + 1 : row.length + len(part) + 1]
+                score = Score(targets, scored) if scored is not None and targets else None
+                rows.append(PlanRow(row.number, row.number, part, row.length, row.kv, spec, (), score))
                 row.length, room = row.length + len(part), room - len(part)
                 if ends:
                     waiting.pop(0)
                     drawing.append(row)
-            self._collect(self._submit(rows), drawing)
+            with guard():
+                ticket = self._submit(rows)
+            self._collect(ticket, drawing)
+            steps += 1
+        return steps
 
     def decode(self, rows: Sequence[Row], steps: int, guard: Guard = nullcontext) -> list[float]:
         """Seconds of each step: submit it, within `guard`, then collect the one before."""
@@ -86,16 +115,43 @@ class Drive:
         self._collect(before, rows)
         return times
 
+    def guess(self, rows: Sequence[Row], steps: int, count: int, guard: Guard = nullcontext) -> None:
+        """Steps in which each row draws behind `count` guesses, too: that its last token is repeated. A step is
+        collected before the next one is planned, as no row may go on from a draw that is not known."""
+        for _ in range(steps):
+            planned = [row.guessing((row.output[-1],) * count) for row in rows]
+            with guard():
+                ticket = self._submit(planned)
+            drawn = self._collected(ticket).rows
+            for place, row in enumerate(rows):
+                row.keep(planned[place].tokens[1:], drawn[place * (count + 1) : (place + 1) * (count + 1)])
+
     def _submit(self, rows: Sequence[PlanRow]) -> Any:
-        return self._backend.submit(StepPlan(next(STEPS), tuple(rows)))
+        plan = StepPlan(next(STEPS), tuple(rows))
+        ticket = self._backend.submit(plan)
+        self._plans.append(plan)
+        return ticket
 
     def _collect(self, ticket: Any, drawing: Sequence[Row]) -> None:
-        result = self._backend.collect(ticket)
-        for row, drawn in zip(drawing, result.rows, strict=True):
-            if drawn.error is not None:
-                raise RuntimeError(f"row {row.number}: {drawn.error}")
+        for row, drawn in zip(drawing, self._collected(ticket).rows, strict=True):
             row.output.append(drawn.token)
             row.waits = False
+
+    def _collected(self, ticket: Any) -> StepResult:
+        """The result of the oldest step in flight. Raises RuntimeError if a row failed, or lacks what it asked for."""
+        result: StepResult = self._backend.collect(ticket)
+        rows = self._plans.popleft().rows
+        draws = [(row.seq_id, spec) for row in rows for spec in row.draws]
+        for (number, spec), drawn in zip(draws, result.rows, strict=True):
+            if drawn.error is not None:
+                raise RuntimeError(f"row {number}: {drawn.error}")
+            if (spec.logprobs is None) != (drawn.logprob is None) or spec.metadata != (drawn.metadata is not None):
+                raise RuntimeError(f"row {number}: a draw lacks what it asked for, or tells more")
+        told = [len(scores.scores) for scores in result.scores]
+        if told != [len(row.score.targets) for row in rows if row.score is not None]:
+            raise RuntimeError(f"a step scored {told} tokens of its prompts, which are not as many as it asked for")
+        self.drawn += len(draws)
+        return result
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from cortexstream import sampling
 from cortexstream.backends.common import fast_draw
+from cortexstream.backends.common.rows import BANNED, BROKEN
 from cortexstream.outputs import TokenMetadata
 from cortexstream.plan import SampleSpec
 
@@ -22,6 +23,7 @@ class Drawn(NamedTuple):
     top_logprobs: tuple[tuple[int, float], ...] = ()
     error: str | None = None
     metadata: TokenMetadata | None = None
+    finite: bool = True
 
 
 def draw_rows(logits: npt.NDArray[np.float32], specs: Sequence[SampleSpec], positions: Sequence[int]) -> list[Drawn]:
@@ -47,16 +49,9 @@ def _masked_once(spec: SampleSpec) -> SampleSpec:
 
 def _drawn(logits: npt.NDArray[np.float32], spec: SampleSpec, token: int) -> Drawn:
     if token == fast_draw.NOTHING:
-        return Drawn(0, error=_reason(sampling.bias(logits, spec)))
+        finite = bool(np.isfinite(logits.max()))  # a NaN is the maximum of its row
+        return Drawn(0, error=BANNED if finite else BROKEN, finite=finite)
     if spec.logprobs is None and not spec.metadata:
         return Drawn(token)
     told = sampling.describe(logits, spec, token)
     return Drawn(token, told.logprob, told.top_logprobs, None, told.metadata)
-
-
-def _reason(z: npt.NDArray[np.float32]) -> str:
-    """Why nothing can be drawn from logits that have their bias."""
-    broken = int(np.count_nonzero(np.isnan(z) | (z == np.inf)))
-    if broken:
-        return f"{broken} of {len(z)} logits are NaN or +inf; the model or its weights are broken"
-    return f"all {len(z)} tokens are banned or have a logit of -inf; nothing can be drawn"

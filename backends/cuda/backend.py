@@ -20,6 +20,7 @@ from cortexstream.backends.common.checkpoint import eos_token_ids, read_config
 from cortexstream.backends.common.kv_format import kv_quantization
 from cortexstream.backends.common.kv_memory import KVMemory
 from cortexstream.backends.common.memory import host_memory_bytes
+from cortexstream.backends.common.rows import misformed
 from cortexstream.backends.cuda.invariant import make_invariant
 from cortexstream.backends.cuda.kernels import Kernels, choose, fitting
 from cortexstream.backends.cuda.models import DTYPES, LoadedModel, load
@@ -213,6 +214,9 @@ class CudaBackend:
                 raise EngineError(
                     f"row {row.seq_id} feeds {outside or 'no'} tokens; ids are 0 to {self.model.vocab_size - 1}"
                 )
+            problem = misformed(row, self.model.vocab_size)
+            if problem is not None:
+                raise EngineError(f"row {row.seq_id} {problem}")
             if row.sample is not None and PENDING in row.sample.output_tokens[:-1]:
                 raise EngineError(f"row {row.seq_id} has a pending output token before the last one")
             self._waits(row)

@@ -1,8 +1,9 @@
 """Batch invariance: a model whose tokens have the same bits whoever shares their step and however prompts are cut.
 
 Linear layers multiply in tiles of proved heights (`kernels.torch.fixed_rows`), attention goes through
-`kernels.torch.fixed_attention`, activations row by row, blocks of experts token by token. What else a model does is not
-known here, so the whole is put to the test, and undone if it fails.
+`kernels.torch.fixed_attention`, activations row by row, as modules or as functions that a model calls itself, blocks of
+experts token by token. What else a model does is not known here, so the whole is put to the test, and undone if it
+fails.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from cortexstream.backend import LayerKV
 from cortexstream.backends.cuda.attention import Options, Rotary, Seat
@@ -27,7 +29,20 @@ from cortexstream.kernels.torch.fixed_rows import agreeing_heights, in_tiles, ro
 from cortexstream.kernels.torch.swiglu import gated_row_by_row
 
 TRIAL_TOKENS = 11
+CUT = 1 << 15  # numbers from which on torch cuts most functions' work between threads
+LONGEST_STEP = 2048  # tokens
+LARGEST_STEP = 1 << 36  # multiplications for each thread: some seconds
+MOST_LOGITS = 1 << 26
+MOST_IN_PART = 32
 ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
+NAMES = ("sigmoid", "expit", "silu", "gelu", "softplus", "tanh", "mish", "elu", "selu", "celu", "exp2")
+ELEMENTWISE = frozenset(
+    getattr(place, name + end)
+    for place in (torch, torch.Tensor, torch.special, functional)
+    for name in NAMES
+    for end in ("", "_")
+    if hasattr(place, name + end)
+)
 
 
 class Promise(NamedTuple):
@@ -36,6 +51,30 @@ class Promise(NamedTuple):
     holds: bool
     sentence: str
     attention: StepAttention
+
+
+class RowByRow(TorchFunctionMode):
+    """While it is entered, in this thread, ELEMENTWISE functions of CPU tensors go through `row_by_row`; `met` says
+    whether one was called. Those with out= are left as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        x = args[0] if args else named.get("input")
+        if func not in ELEMENTWISE or "out" in named or not isinstance(x, torch.Tensor):
+            return func(*args, **named)
+        if x.ndim == 0 or x.device.type != "cpu":
+            return func(*args, **named)
+        self.met = True
+        others = {name: value for name, value in named.items() if name != "input"}
+        got = row_by_row(lambda rows: func(rows, *args[1:], **others), x)
+        in_place = func.__name__.endswith("_") or others.get("inplace") or any(other is True for other in args[1:])
+        return x.copy_(got) if in_place else got
 
 
 class Changes:
@@ -54,7 +93,14 @@ class Changes:
             elif isinstance(module, FusedMLP):
                 self._gate(module)
             elif type(module).__module__ in ACTIVATIONS and not list(module.parameters()):
-                self._replace(module, _by_rows(partial(type(module).forward, module)))
+                self._replace(module, _outside(partial(row_by_row, partial(type(module).forward, module))))
+        self._rows = RowByRow()
+        self._replace(model, _within(self._rows, partial(type(model).forward, model)))
+
+    def leave_out(self) -> None:
+        """Call after a trial: a model that calls no ELEMENTWISE function itself does not pay for having them seen."""
+        if not self._rows.met:
+            self._undos.pop()()
 
     def undo(self) -> None:
         for undo in self._undos:
@@ -66,7 +112,7 @@ class Changes:
 
     def _gate(self, module: FusedMLP) -> None:
         old = module.ops
-        module.ops = old._replace(gated=gated_row_by_row)
+        module.ops = old._replace(gated=_outside(gated_row_by_row))
         self._undos.append(lambda: setattr(module, "ops", old))
 
     def _tiled(
@@ -114,6 +160,7 @@ def make_invariant(
         return Promise(False, f"not here: in the trial at load, tokens of {type(model).__name__} had other bits "
                        "together than alone, by something other than its linear layers, activations, experts and "
                        "attention", TorchAttention)  # fmt: skip
+    changes.leave_out()
     sentence = (
         "tokens and logprobs are the same bits in any batch, chunked, preempted or with a prefix hit, in this process: "
         "linear layers multiply in tiles of heights that were tried at load, attention adds fixed splits in order"
@@ -145,8 +192,22 @@ def _weight(module: Any, _: torch.dtype) -> torch.Tensor:
     return weight
 
 
-def _by_rows(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: row_by_row(function, x)
+def _within(mode: RowByRow, function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **named: Any) -> Any:
+        with mode:
+            return function(*args, **named)
+
+    return run
+
+
+def _outside(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For what goes row by row already: `RowByRow` does not see it."""
+
+    def run(*args: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return function(*args)
+
+    return run
 
 
 def _token_by_token(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -203,26 +264,56 @@ class _Trial:
         return torch.cat(out)
 
 
+def long_step(width: int, weights: int, threads: int) -> int:
+    """Tokens of a step so long that torch cuts numbers [tokens, width] between all its threads, and not at vectors;
+    0 for a single thread, which cuts nothing.
+
+    For every thread there are then more than CUT numbers, and no number of threads divides the tokens. Never more
+    than LONGEST_STEP tokens, nor than LARGEST_STEP multiplications with `weights` numbers for each thread, so that
+    loading takes seconds: of a model too narrow or too large for that, only what is wider than `width` is cut.
+    """
+    if threads == 1:
+        return 0
+    most = min(LONGEST_STEP, LARGEST_STEP * threads // weights)
+    tokens = min(CUT * threads // width + 1, most)
+    while any(tokens % number == 0 for number in range(2, threads + 1)):
+        tokens += 1
+    return tokens
+
+
 def _same_bits(model: Any, seat: Seat, fixed: FixedAttention, device: torch.device) -> bool:
-    """Has sequence "a" the same logits whole, token by token, and cut in three beside others?"""
-    vocab: int = model.get_input_embeddings().num_embeddings
+    """Has sequence "a" the same logits whole, token by token, and cut in three beside others? And have sequences the
+    same in one step that is long enough for torch to use all its threads (`long_step`), and one by one?"""
+    embedding = model.get_input_embeddings()
+    vocab: int = embedding.num_embeddings
+    width: int = embedding.embedding_dim
     trial = _Trial(fixed)
 
-    def logits(*parts: _Part) -> torch.Tensor:
+    def logits(*parts: _Part, every: int = 1) -> torch.Tensor:
+        """[tokens, vocabulary] of the tokens whose position is a multiple of `every`."""
         trial.parts = parts
         numbers = [(ord(p.name) * 31 + 7 * i + i * i) % vocab for p in parts for i in range(p.start, p.end)]
         positions = [i for p in parts for i in range(p.start, p.end)]
-        wanted = torch.arange(len(numbers), device=device)
-        tokens, places = (torch.tensor(values, device=device) for values in (numbers, positions))
-        found, at = forward(model, tokens, places, wanted), 0
-        for part in parts:
-            if part.name == "a":
-                return found[at : at + part.end - part.start].nan_to_num()
-            at += part.end - part.start
-        raise AssertionError("every step of the trial has tokens of a")
+        wanted = [place for place, position in enumerate(positions) if position % every == 0]
+        tensors = (torch.tensor(values, device=device) for values in (numbers, positions, wanted))
+        return forward(model, *tensors).nan_to_num()
+
+    def of_a(*parts: _Part) -> torch.Tensor:
+        found = logits(*parts).split([p.end - p.start for p in parts])
+        return found[[p.name for p in parts].index("a")]
 
     with seat.taken(trial):
-        whole = logits(_Part("a", 0, TRIAL_TOKENS))
-        one_by_one = torch.cat([logits(_Part("a", i, i + 1)) for i in range(TRIAL_TOKENS)])
-        beside = torch.cat([logits(*parts) for parts in STEPS])
-    return bool((whole == one_by_one).all() and (whole == beside).all())
+        whole = of_a(_Part("a", 0, TRIAL_TOKENS))
+        one_by_one = torch.cat([of_a(_Part("a", i, i + 1)) for i in range(TRIAL_TOKENS)])
+        beside = torch.cat([of_a(*parts) for parts in STEPS])
+        if not (torch.equal(whole, one_by_one) and torch.equal(whole, beside)):
+            return False
+        weights = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+        tokens = long_step(width, weights, torch.get_num_threads()) if device.type == "cpu" else 0
+        length = min(MOST_IN_PART, max(1, CUT // 2 // width))  # numbers of this width stay with one thread
+        firsts = range(0, tokens, length)
+        parts = [_Part(chr(ord("a") + i), 0, min(length, tokens - first)) for i, first in enumerate(firsts)]
+        every = 1 + tokens * vocab // MOST_LOGITS
+        together = logits(*parts, every=every) if parts else whole
+        apart = torch.cat([logits(part, every=every) for part in parts]) if parts else whole
+    return bool(torch.equal(together, apart))

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 
 from cortexstream import sampling
+from cortexstream.backends.common.rows import failed, may_ban_all
 from cortexstream.plan import PENDING, PlanRow, RowResult, RowScores, SampleSpec, Score, TokenScore
-
-BROKEN = "no token can be drawn: the logits hold NaN or +inf, or every token is banned; the model may be broken"
 
 
 class Draw(NamedTuple):
@@ -31,6 +30,7 @@ class Draws(NamedTuple):
     top_ids: torch.Tensor | None = None  # int64 [D, k], if some draw asks for the likeliest
     top_values: torch.Tensor | None = None  # float32 [D, k]
     logits: torch.Tensor | None = None  # float32 [described, vocabulary]: of the draws that are described on the host
+    finite: torch.Tensor | None = None  # bool [D]: the logits are numbers; if bans may leave nothing to draw
 
 
 def draws_of(rows: Sequence[PlanRow]) -> tuple[Draw, ...]:
@@ -52,6 +52,8 @@ def on_the_way(logits: torch.Tensor, specs: Sequence[SampleSpec], tokens: torch.
     described = [place for place, spec in enumerate(specs) if spec.needs_logits]
     if described:
         draws = draws._replace(logits=torch.stack([logits[place] for place in described]))
+    if any(may_ban_all(spec) for spec in specs):
+        draws = draws._replace(finite=torch.isfinite(logits.amax(-1)))  # a NaN is the maximum of its row
     return Draws(*(None if tensor is None else _to_host(tensor) for tensor in draws))
 
 
@@ -62,7 +64,7 @@ def results_of(draws: Sequence[Draw], found: Draws, before: Mapping[int, int]) -
     for place, draw in enumerate(draws):
         spec, token = draw.spec, tokens[place]
         if broken[place]:
-            result = RowResult(draw.seq_id, 0, error=BROKEN)
+            result = failed(draw.seq_id, found.finite is not None and bool(found.finite[place]))
         elif spec.needs_logits and found.logits is not None:
             known = tuple(before[draw.slot] if t == PENDING else t for t in spec.output_tokens)
             told = sampling.describe(found.logits[described].numpy(), spec._replace(output_tokens=known), token)

@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from cortexstream.backend import BackendInfo, BackendOptions, LayerState, WarmupReport
 from cortexstream.backends.common.memory import host_memory_bytes
+from cortexstream.backends.common.rows import misformed
 from cortexstream.backends.mlx import models
 from cortexstream.backends.mlx.attention import teach
 from cortexstream.backends.mlx.cache import Chunk
@@ -217,6 +218,8 @@ class MlxBackend:
         problem = self.pool.misfit(row.kv, row.start + len(row.tokens))
         if row.start < 0 or not row.tokens:
             problem = "a row feeds at least one token from position 0 or later"
+        elif problem is None and (wrong := misformed(row, self.model.vocab_size)) is not None:
+            problem = f"it {wrong}"
         if problem is not None:
             last = row.start + len(row.tokens) - 1
             raise EngineError(f"row of slot {row.slot}, positions {row.start} to {last}: {problem}")
@@ -232,7 +235,7 @@ class MlxBackend:
         is asked for."""
         logits = self._chunk(row, tokens)
         scores = [] if row.score is None else [scores_of(row.seq_id, row.score, logits)]
-        self._launch([one.logprobs for one in scores])
+        self._launch([array for one in scores for array in one.arrays])
         return scores
 
     def _verify(self, row: PlanRow) -> mx.array:

@@ -26,6 +26,7 @@ from cortexstream.backends.common.draw import draw_rows
 from cortexstream.backends.common.kv_format import kv_quantization
 from cortexstream.backends.common.kv_memory import KVMemory
 from cortexstream.backends.common.memory import host_memory_bytes
+from cortexstream.backends.common.rows import misformed
 from cortexstream.backends.common.score import score_tokens
 from cortexstream.backends.reference.attend import Span, StepAttention
 from cortexstream.backends.reference.model import Model
@@ -216,6 +217,9 @@ class ReferenceBackend:
                 raise EngineError(
                     f"row {row.seq_id} feeds {outside or 'no'} tokens; ids are 0 to {self.model.vocab_size - 1}"
                 )
+            problem = misformed(row, self.model.vocab_size)
+            if problem is not None:
+                raise EngineError(f"row {row.seq_id} {problem}")
             memory.check_row(row.kv, row.start, len(tokens))
             if last is not None and row.sample is not None:
                 spec = row.sample._replace(output_tokens=_fill(row.sample.output_tokens, last.token))

@@ -62,6 +62,7 @@ class EngineCore:
         self.kv_bytes += 0 if drafter is None else drafter.kv_bytes
         self._sinks: dict[int, Sink] = {}
         self._ticket: Ticket | None = None
+        self.failed_steps = 0  # on the device; what ran then has ended with an error
         self._steps = self._prompt_tokens = self._output_tokens = self._finished = self._failed = 0
         self._host_s = self._backend_s = 0.0
         self._swap_bytes: dict[int, int] = {}  # step in flight -> bytes that it swaps
@@ -143,6 +144,7 @@ class EngineCore:
         """After a failed step the device's state is unknown: nothing in flight can be trusted, but the next request can
         be served."""
         log.error("a step failed; every running request ends with an error", exc_info=error)
+        self.failed_steps += 1
         self._ticket = None
         self._swap_bytes.clear()
         self._deliver(self.scheduler.abort_running(f"the step failed: {error}", private))
@@ -163,10 +165,13 @@ class EngineCore:
         self.scheduler.abort_all(error)
 
     def stats(self) -> EngineStats:
+        guesses = self.scheduler.speculation
+        draft_s = 0.0 if guesses is None else guesses.seconds
+        counted = () if guesses is None else (guesses.rows, guesses.drafted_tokens, guesses.accepted_tokens, draft_s)
         return EngineStats(
             self._steps, self._prompt_tokens, self._output_tokens, self._finished, self._failed,
             self.scheduler.preemptions, self.scheduler.swaps, self.scheduler.num_waiting, self.scheduler.num_running,
-            self._host_s, self._backend_s, self._moved_bytes(), self.arena.stats(), *self._speculated(),
+            self._host_s - draft_s, self._backend_s, self._moved_bytes(), self.arena.stats(), *counted,
         )  # fmt: skip
 
     def check(self) -> None:
@@ -189,11 +194,6 @@ class EngineCore:
         if self.scheduler.speculation is None:
             return report
         return WarmupReport(report.steps + self.scheduler.speculation.drafter.warmup(prompt_tokens, batch).steps)
-
-    def _speculated(self) -> tuple[int, int, int]:
-        """Rows with guesses, guessed tokens, and those that were right."""
-        counted = self.scheduler.speculation
-        return (counted.rows, counted.drafted_tokens, counted.accepted_tokens) if counted is not None else (0, 0, 0)
 
     def _moved_bytes(self) -> int:
         stats, sizes = self.arena.stats(), self.backend.model.pool_bytes_per_token

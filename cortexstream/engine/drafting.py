@@ -59,13 +59,14 @@ class ModelDrafter:
         self._params: dict[tuple[int, int], SamplingParams] = {}  # (sequence, count) -> how to draft
 
     def propose(self, asks: Sequence[Ask]) -> list[tuple[int, ...]]:
-        """Raises EngineError when the draft model fails on its device."""
+        """Where its own logits are no numbers it guesses nothing. Raises EngineError when its device fails."""
         drafts: list[list[int]] = [[] for _ in asks]
         errors: list[str] = []
+        failed = self._core.failed_steps
         for draft, ask in zip(drafts, asks, strict=True):
             self._ask(ask, draft, errors)
         self._core.run()
-        if errors:
+        if self._core.failed_steps != failed:
             raise EngineError(f"the draft model failed: {errors[0]}")
         return [tuple(draft) for draft in drafts]
 

@@ -20,13 +20,14 @@ class EngineStats:
     swaps: int  # of those, by keeping a copy in host memory
     num_waiting: int
     num_running: int
-    host_s: float  # spent in the scheduler and in delivering tokens, the backend's calls excluded
+    host_s: float  # spent in the scheduler and in delivering tokens; backends and draft models excluded
     backend_s: float  # spent inside the backend's submit and collect
     moved_bytes: int  # KV copied on the device by growth, compaction, prefix hits and forks
     arena: ArenaStats
     drafted_rows: int = 0  # rows of decoding sequences that guessed ahead
     drafted_tokens: int = 0  # their guesses
-    accepted_tokens: int = 0  # guesses that were what was drawn
+    accepted_tokens: int = 0  # guesses that were what was drawn, also those that a stop string then cut off
+    draft_s: float = 0.0  # spent in finding guesses
 
     @property
     def acceptance_rate(self) -> float:

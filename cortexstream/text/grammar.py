@@ -28,6 +28,7 @@ MAX_REASON = 300  # characters of the library's words in an error
 # The compiler recurses along rules and references; 64 KiB of them need less than half of this.
 STACK_BYTES = 128 * 2**20
 LEXER_STATES = 100_000  # of one completion; 1 to 2 kB each
+ITEMS = 10_000  # of the parser, for one mask: an ambiguous grammar has ever more, and others wait for its masks
 SYMBOLS = 10_000  # a schema of 64 KiB has about so many; a mask's time may grow with their square
 # One line with at most one space after "," and ":", as people and json.dumps write it. Where white space is free, a
 # model may write nothing else for ever.
@@ -117,7 +118,9 @@ def _compiled(tokens: LLTokenizer, source: GrammarSource) -> LLMatcher:
         text = _grammar_text(source)
     except ValueError as error:  # a number that the library cannot hold, say
         raise InvalidRequestError(source.field, f"cannot be compiled: {_one_line(str(error))}") from error
-    limits = LLParserLimits(max_lexer_states=LEXER_STATES, max_grammar_size=SYMBOLS, verbose_errors=False)
+    limits = LLParserLimits(
+        max_lexer_states=LEXER_STATES, max_grammar_size=SYMBOLS, step_max_items=ITEMS, verbose_errors=False
+    )
     with ThreadPoolExecutor(1, thread_name_prefix="cortexstream-grammar") as pool:
         with _STACK_LOCK:  # the size is the whole process's; new threads get it
             before = threading.stack_size(STACK_BYTES)
@@ -188,12 +191,20 @@ class _State:
         ahead = self._matcher.deep_copy() if draft else self._matcher
         dead = np.zeros_like(self._eos_mask)
         for token in draft:
-            if found[-1] is not dead and token not in self._eos and _allows(found[-1], token):
-                self._feed(ahead, token)
-                found.append(self._mask_of(ahead))
-            else:
-                found.append(dead)
+            found.append(self._behind(ahead, token) if self._goes_on(found[-1], token) else dead)
         return found
+
+    def _goes_on(self, mask: Mask, token: int) -> bool:
+        """May more be drawn behind a token, if `mask` is what may stand in its place?"""
+        return token not in self._eos and _allows(mask, token)
+
+    def _behind(self, ahead: LLMatcher, token: int) -> Mask:
+        """The mask after a drafted token; nothing if the grammar fails there: that counts once the token is drawn."""
+        try:
+            self._feed(ahead, token)
+            return self._mask_of(ahead)
+        except ConstraintError:
+            return np.zeros_like(self._eos_mask)
 
     def advance(self, token: int) -> None:
         """Any token is taken that the text may go on with, also another spelling than a mask offers."""

@@ -77,6 +77,9 @@ def attention_with_kv_cache(
     anything is written.
     """
     _check_new(query, key, value)
+    for name, given in (("update_cache", update_cache), ("is_causal", is_causal), ("check", check)):
+        if not isinstance(given, bool):
+            raise ValueError(f"{name} is {given!r}; it must be True or False")
     _check_numbers(scale, window, is_causal, cache_max_len if past_key_value is None else 1)
     past = _past(key, value, past_key_value, seq_lens)
     if past is not None and update_cache:
@@ -144,11 +147,14 @@ def _by_triton(
     from cortexstream.kernels.triton.kv_append import kv_append
 
     (batch, kv_heads, tokens, _), room, device = call.key.shape, keys.shape[2], call.query.device
-    before, fits = _on_device(call.seq_lens, call.lengths, device), None
-    after = before + tokens
     if call.lengths is None:
-        fits = (before >= 0) & (after <= room)
-        after = torch.where(fits, after, 0)
+        lens = call.seq_lens.to(device)
+        fits = (lens >= 0) & (lens <= room - tokens)  # in their own type: as int32 a number beyond it may look small
+        before = torch.where(fits, lens, 0).int()
+        after = torch.where(fits, before + tokens, 0)
+    else:
+        before, fits = _on_device(call.seq_lens, call.lengths, device), None
+        after = before + tokens
     starts = torch.arange(0, batch * kv_heads * room, room, dtype=torch.int32, device=device)
     slots = (starts + before.repeat_interleave(kv_heads))[:, None] + torch.arange(tokens, device=device)
     if fits is not None:
@@ -224,9 +230,9 @@ def _row(call: Call, row: int, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     return attention(as_heads, k, v, length - 1, scale=call.scale).view(heads, tokens, -1)
 
 
-def _on_device(seq_lens: torch.Tensor, lengths: list[int] | None, device: torch.device) -> torch.Tensor:
-    """int32 [B] on the device; numbers of the host come by a copy that does not wait."""
-    if lengths is None or seq_lens.device == device:
+def _on_device(seq_lens: torch.Tensor, lengths: list[int], device: torch.device) -> torch.Tensor:
+    """Lengths that were checked, int32 [B] on the device; numbers of the host come by a copy that does not wait."""
+    if seq_lens.device == device:
         return seq_lens.to(device, torch.int32)
     host = torch.tensor(lengths, dtype=torch.int32, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
@@ -300,15 +306,20 @@ def _check_writable(cache: KVCache) -> None:
             raise ValueError("cached keys, values and seq_lens overlap in memory; give each its own")
 
 
-def _check_numbers(scale: object, window: object, is_causal: bool, cache_max_len: object) -> None:
-    if scale is not None and not (isinstance(scale, Real) and math.isfinite(scale)):
+def _check_numbers(scale: Any, window: Any, is_causal: bool, cache_max_len: Any) -> None:
+    if scale is not None and not (_is_a(Real, scale) and math.isfinite(scale)):
         raise ValueError(f"scale is {scale!r}; it must be a finite number")
-    if window is not None and (not isinstance(window, Integral) or window < 1 or not is_causal):
+    if window is not None and (not _is_a(Integral, window) or window < 1 or not is_causal):
         raise ValueError(
             f"window is {window!r} and is_causal {is_causal}; a window is a whole number from 1 on and needs is_causal"
         )
-    if not isinstance(cache_max_len, Integral) or cache_max_len < 1:
+    if not _is_a(Integral, cache_max_len) or cache_max_len < 1:
         raise ValueError(f"cache_max_len is {cache_max_len!r}; it must be a whole number of at least 1")
+
+
+def _is_a(kind: type, value: object) -> bool:
+    """Python counts True among the whole numbers; given for a number it is a mistake."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _check_lengths(lengths: list[int], tokens: int, room: int) -> None:

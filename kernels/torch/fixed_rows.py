@@ -17,7 +17,7 @@ HEIGHTS = (4, 8, 16, 32, 64, 128, 256)
 LARGEST_TRIAL = 1 << 35  # multiplications: some seconds on a core
 DISTINCT_ROWS = 3
 VECTOR = 64  # a multiple of what any CPU computes at once; the rest of a row would be rounded by other code
-ALONE = 1 << 15  # numbers that torch leaves to one thread; the cut between threads need not fall between vectors
+ALONE = 1 << 14  # numbers that torch leaves to one thread (gelu's; most others: 1 << 15); a cut may fall in a vector
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 """x [..., M, K] -> [..., M, N], each row from itself; dtype and device of x may not change."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def test_f58_every_part_runs_on_a_cpu_and_measures_nothing(needed: None, tmp_pat
     assert {goal["verdict"] for goal in found["goals"]} == {"not measured"}
     checks = {name: sum(row["ok"] is True for row in part["rows"]) for name, part in parts.items()}
     assert checks["writes"] >= 10 and checks["products"] == 3 and checks["decode"] == checks["prefill"] == 4
-    assert checks["tokens"] == 2 and checks["steps"] == 5
+    assert checks["tokens"] == 3 and checks["steps"] == 13
     assert "met" not in done.stdout.split("goals")[1]
 
 
@@ -191,6 +192,59 @@ def test_f47_steps_are_submitted_while_waiting_is_an_error(
     with pytest.raises(RuntimeError), drive.forbid_waiting():
         raise RuntimeError
     assert modes[-2:] == ["error", "default"]
+
+
+def faulty(folder: Path, change: Callable[[Any], Any]) -> Any:
+    """The CUDA backend on a CPU; `change` is done to what it collects."""
+    from cortexstream.backend import BackendOptions
+    from cortexstream.backends.cuda import create
+
+    backend: Any = create(BackendOptions(str(folder), "float32", max_num_seqs=4, extra={"device": "cpu"}))
+    backend.allocate_kv(4 * 2048 // backend.info.block_tokens)
+    collect = backend.collect
+    backend.collect = lambda ticket: change(collect(ticket))
+    return backend
+
+
+def test_p11_steps_are_judged_by_what_their_draws_tell(
+    scripts: None, needed: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Masks, metadata, scores and draws behind guesses: a backend that leaves one of them out is wrong in those kinds,
+    and in no other."""
+    steps, record = import_module("gpu_check_steps"), import_module("gpu_check_record")
+    folder = import_module("gpu_check_folders").write_small(tmp_path / "llama", "llama", True)
+
+    def wrong(change: Callable[[Any], Any]) -> list[str]:
+        report = record.Report(tmp_path / "rows.json", True)
+        steps.waits(report, "CPU", faulty(folder, change), True)
+        assert len(report.rows) == 7
+        return [row["name"].removeprefix("CPU: no wait, ") for row in report.rows if not row["ok"]]
+
+    def each(**changed: Any) -> Callable[[Any], Any]:
+        return lambda found: found._replace(rows=tuple(row._replace(**changed) for row in found.rows))
+
+    mask, told = "seeded, mask, top logprobs", "seeded, penalties, metadata, processed logprobs"
+    monkeypatch.setattr(steps, "KINDS", {kind: steps.KINDS[kind] for kind in ("greedy", mask, told)})
+    masked = [mask, f"{mask}, guesses"]
+    assert wrong(each(token=5, metadata=None)) == [*masked, told, f"{told}, guesses"]
+    assert wrong(lambda found: found._replace(rows=found.rows[:4], scores=())) == [
+        "scored prompts", "greedy, guesses", f"{mask}, guesses", f"{told}, guesses",
+    ]  # fmt: skip
+    asked = steps.Asked.__call__
+    monkeypatch.setattr(steps.Asked, "__call__", lambda self: (asked(self), asked(self))[0])
+    assert wrong(lambda found: found) == masked
+
+
+def test_p13_answers_are_judged_by_tokens_and_numbers(scripts: None, needed: None, tmp_path: Path) -> None:
+    tokens, record = import_module("gpu_check_tokens"), import_module("gpu_check_record")
+    report = record.Report(tmp_path / "rows.json", True)
+    wanted = [tokens.Answer((1, 2), (-0.5, -1.0)), tokens.Answer((3,), ())]
+    for numbers, last in (((-0.5, -1.001), 3), ((-0.5, -1.02), 3), ((-0.5, float("nan")), 3), ((-0.5, -1.0), 4)):
+        tokens.compare(report, "x", [tokens.Answer((1, 2), numbers), tokens.Answer((last,), ())], wanted)
+    assert [row["ok"] for row in report.rows] == [True, False, False, False]
+    assert "0.02 nats off" in report.rows[1]["why"]
+    assert report.rows[3]["why"] == "prompt 1 differs from token 0 on: 4, not 3"
+    assert report.rows[3]["figures"]["furthest"]["value"] is None
 
 
 def test_p1_the_floor_of_a_step_has_weights_and_keys_and_values(scripts: None, needed: None, tmp_path: Path) -> None:

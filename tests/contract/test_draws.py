@@ -9,6 +9,7 @@ import pytest
 
 from cortexstream.backend import Backend
 from cortexstream.constraint import Mask, mask_of
+from cortexstream.errors import EngineError
 from cortexstream.plan import PENDING, PlanRow, RowResult, RowScores, SampleSpec, Score, StepPlan
 from tests.contract.plans import CASES, GREEDY, prompt, rows_at
 
@@ -174,3 +175,56 @@ def test_f11_metadata_of_a_draw_whose_history_is_not_known_yet(backend: Backend)
     assert found.metadata.num_filtered == known.metadata.num_filtered > 300
     assert found.metadata.chosen_prob == pytest.approx(known.metadata.chosen_prob, abs=1e-4)
     assert found.logprob is not None and np.exp(found.logprob) == pytest.approx(found.metadata.chosen_prob, abs=1e-5)
+
+
+@pytest.mark.parametrize("backend", REAL, indirect=True)
+def test_guesses_and_scores_that_break_the_contract_are_refused_before_anything_is_written(backend: Backend) -> None:
+    kv = rows_at(backend, 4, 2)
+    hist = GREEDY._replace(presence_penalty=0.5, output_tokens=(PENDING,))
+    good = PlanRow(6, 1, prompt(5), 0, rows_at(backend, 0, 2), GREEDY)
+    before = decode_first(backend, 0)
+    for number, (row, message) in enumerate([
+        (PlanRow(5, 0, (5,), 0, kv, GREEDY, (GREEDY,) * 2), "has 1 tokens and 3 draws"),
+        (PlanRow(5, 0, (5, 6, 7), 0, kv, GREEDY, (GREEDY,)), "has 3 tokens and 2 draws"),
+        (PlanRow(5, 0, (5, 6), 0, kv, None, (GREEDY,)), "has 2 tokens and 0 draws"),
+        (PlanRow(5, 0, (5, 6), 0, kv, GREEDY, (hist,)), "guesses behind a pending token"),
+        (PlanRow(5, 0, (5, 6), 0, kv, GREEDY, (), Score((1, 2, 3), 2)), "scores 3 targets; it feeds 2 tokens"),
+        (PlanRow(5, 0, (5, 6), 0, kv, GREEDY, (), Score((1, 999), 2)), "scores tokens 1 to 999; ids are 0 to 383"),
+        (PlanRow(5, 0, (5, 6), 0, kv, GREEDY, (), Score((PENDING,), 2)), "scores tokens -1 to -1"),
+    ], 10):  # fmt: skip
+        with pytest.raises(EngineError, match=message):
+            backend.submit(StepPlan(number, (good, row)))
+    assert decode_first(backend, 30) == before
+
+
+@pytest.mark.parametrize("backend", REAL, indirect=True)
+def test_a_row_goes_on_from_its_draw_whatever_was_drawn_beside_it(backend: Backend) -> None:
+    """A row with guesses before it in the plan, with more draws than rows: PENDING is its own draw."""
+    a, b = rows_at(backend, 0, 3), rows_at(backend, 4, 3)
+    first = backend.submit(StepPlan(1, (
+        PlanRow(5, 0, prompt(6, 1), 0, a, GREEDY), PlanRow(6, 1, prompt(9, 2), 0, b, GREEDY),
+    )))  # fmt: skip
+    known = [row.token for row in backend.collect(first).rows]
+    guesses = PlanRow(5, 0, (known[0], 300, 301), 6, a, GREEDY, (GREEDY,) * 2)
+    second = backend.submit(StepPlan(2, (guesses, PlanRow(6, 1, (known[1],), 9, b, GREEDY))))
+    third = backend.submit(StepPlan(3, (PlanRow(6, 1, (PENDING,), 10, b, GREEDY),)))
+    drawn = backend.collect(second).rows[3].token
+    found = backend.collect(third).rows[0].token
+    again = rows_at(backend, 8, 3)
+    assert run(backend, 4, PlanRow(7, 2, (*prompt(9, 2), known[1]), 0, again, GREEDY))[0][0].token == drawn
+    assert run(backend, 5, PlanRow(7, 2, (drawn,), 10, again, GREEDY))[0][0].token == found
+
+
+@pytest.mark.parametrize("backend", REAL, indirect=True)
+def test_a_described_draw_beside_a_broken_one_is_told_of_its_own_logits(backend: Backend) -> None:
+    spec = SampleSpec(temperature=0.8, seed=1, logprobs=2, processed=True, metadata=True)
+    broken = spec._replace(mask=lambda: mask_of((), 384))
+    rows = [
+        PlanRow(5, 0, prompt(6, 1), 0, rows_at(backend, 0, 2), broken),
+        PlanRow(6, 1, prompt(9, 2), 0, rows_at(backend, 4, 2), spec),
+    ]
+    bad, good = run(backend, 1, *rows)[0]
+    (alone,) = run(backend, 2, rows[1])[0]
+    assert bad.error is not None and good.token == alone.token and good.metadata is not None
+    assert good.logprob == pytest.approx(alone.logprob, abs=1e-4) and alone.metadata is not None
+    assert good.metadata.entropy == pytest.approx(alone.metadata.entropy, abs=1e-4)

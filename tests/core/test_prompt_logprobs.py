@@ -60,6 +60,29 @@ def test_prompt_logprobs_after_a_preemption_and_beside_a_known_prefix(layout: Pl
             assert scores == scores_of(layout, one, budget=64) and got.events[0].num_cached_tokens == 0
 
 
+@pytest.mark.parametrize("layout", PLACEMENTS)
+def test_prompt_logprobs_after_a_preemption_in_the_middle_of_the_prompt(layout: Placement) -> None:
+    """The first request's growth takes the blocks of the second, of whose prompt a part is scored already."""
+    asked = [request(0, 4, max_tokens=40), request(1, [11] * 3 + list(range(30)), max_tokens=2, prompt_logprobs=1)]
+    core, backend = engine(layout, num_blocks=12, budget=3, prefix_caching=False)
+    received = serve(core, asked)
+    assert core.stats().preemptions == 1
+    starts = [row.start for plan in backend.plans for row in plan.rows if row.seq_id == 1 and row.score is not None]
+    assert starts.count(0) == 2 and max(starts[: starts.index(0, 1)]) > 0
+    assert received[1].events[0].prompt_scores == scores_of(layout, asked[1], budget=64)
+
+
+def test_a_prompt_that_is_scored_waits_for_nobodys_prefix() -> None:
+    shared = [5] * 30
+    core, _ = engine(budget=8)
+    for one in (request(0, shared, max_tokens=2), request(1, [*shared, 6], max_tokens=2, prompt_logprobs=0)):
+        core.add(one, Receiver())
+    core.step()
+    assert core.scheduler.num_running == 2 and core.scheduler.num_waiting == 0
+    core.run()
+    core.check()
+
+
 def test_a_prompt_of_one_token_has_no_logprobs() -> None:
     assert scores_of("run", request(0, [5], max_tokens=2, prompt_logprobs=0)) == ()
 
@@ -115,10 +138,12 @@ class AscendingState:
 
     def masks(self, draft: tuple[int, ...] = ()) -> list[Mask]:
         self.asked.append(draft)
-        masks, before, valid = [], self.token, True
+        masks: list[Mask] = []
+        before, valid = self.token, True
         for token in (*draft, None):
-            if before == self.grammar.breaks:
+            if before == self.grammar.breaks and not masks:
                 raise ConstraintError(f"grammar: nothing may follow token {before}")
+            valid = valid and before != self.grammar.breaks
             top = min(self.grammar.last, before + 20)
             masks.append(mask_of(range(before + 1, top + 1) if valid else (), VOCAB))
             if token is not None:
@@ -184,14 +209,20 @@ def test_p14_a_grammar_and_guesses_and_other_bans() -> None:
     both, _ = engine(vocab_size=VOCAB)
     (banned,) = serve(both, [constrained(0, Ascending(90), bad_token_ids=[expected.tokens[0]], min_tokens=3)])
     assert expected.tokens[0] not in banned.tokens and banned.tokens[-1] == 90
+    even, _ = engine(vocab_size=VOCAB)
+    (allowed,) = serve(even, [constrained(0, Ascending(90), allowed_token_ids=range(0, 97, 2))])
+    assert all(token % 2 == 0 for token in allowed.tokens) and allowed.tokens[-1] == 90
 
 
+@pytest.mark.parametrize("guesses", [0, 3])
 @pytest.mark.parametrize("prefix_caching", [False, True])
-def test_p14_a_grammar_that_fails_ends_its_request_alone(prefix_caching: bool) -> None:
+def test_p14_a_grammar_that_fails_ends_its_request_alone(prefix_caching: bool, guesses: int) -> None:
     others = [request(1, 6, max_tokens=30), request(2, 7, max_tokens=30)]
     plain, _ = engine(vocab_size=VOCAB)
     (expected,) = serve(plain, [constrained(0, Ascending(90))])
-    core, _ = engine(vocab_size=VOCAB, prefix_caching=prefix_caching)
+    drafter = Knowing([request(0, 4, seed=0, max_tokens=90, temperature=1.0), *others], guesses, wrong=0.0)
+    drafter._full[0] = [*range(1, 5), *expected.tokens]
+    core, _ = engine(vocab_size=VOCAB, prefix_caching=prefix_caching, drafter=drafter if guesses else None)
     got, *free = serve(core, [constrained(0, Ascending(90, breaks=expected.tokens[3])), *others])
     assert got.tokens == expected.tokens[:4] and got.finish is FinishReason.ERROR
     assert got.error is not None and got.error.startswith("sequence 0, step ")
@@ -239,3 +270,57 @@ def test_bad_parameters_for_a_model(sampling: dict[str, Any], message: str) -> N
     with pytest.raises(InvalidRequestError, match=message):
         core.add(request(0, 3, **sampling), Receiver())
     assert not core.has_work
+
+
+def test_what_bans_leave_without_a_token_takes_nothing_from_others() -> None:
+    """A request that contradicts itself fails alone, and what is known of others' prompts stays known."""
+    core, _ = engine(vocab_size=VOCAB)
+    prompt = [7] * 30
+    serve(core, [request(0, prompt, max_tokens=2)])
+    (got,) = serve(core, [constrained(1, Ascending(90), allowed_token_ids=[95])])
+    assert got.finish is FinishReason.ERROR and got.error is not None and "banned" in got.error
+    (again,) = serve(core, [request(2, [*prompt, 8], max_tokens=2)])
+    assert again.events[0].num_cached_tokens == 30
+
+
+class Ending(Ascending):
+    """Only the end of the sequence may be drawn, from the first token on."""
+
+    def start(self) -> AscendingState:
+        return EndingState(self)
+
+
+class EndingState(AscendingState):
+    def masks(self, draft: tuple[int, ...] = ()) -> list[Mask]:
+        return [mask_of([EOS], VOCAB)] + [mask_of((), VOCAB)] * len(draft)
+
+    def advance(self, token: int) -> None:
+        assert token == EOS
+
+
+EOS = 50
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_form_that_is_over_at_once_ends_whatever_min_tokens_says(ignore_eos: bool) -> None:
+    """Its end of sequence is no text, also where others would have it in theirs."""
+    core, _ = engine(vocab_size=VOCAB, eos_token_id=EOS)
+    (got,) = serve(core, [constrained(0, Ending(90), min_tokens=5, ignore_eos=ignore_eos)])
+    assert got.tokens == [EOS] and got.finish is FinishReason.STOP and got.events[-1].stops
+
+
+@pytest.mark.parametrize("guesses", [0, 3])
+def test_min_tokens_keep_a_stop_away_while_a_form_can_go_on(guesses: int) -> None:
+    stops = list(range(0, 90, 2))
+    drafter = Knowing([request(0, 4, seed=0)], guesses, wrong=0.0)
+    drafter._full[0] = [1, 2, 3, 4, *range(1, 90, 2)]
+    drafter.propose = lambda asks: [tuple(drafter._full[0][4:][: ask.most]) for ask in asks]  # type: ignore[method-assign]
+    core, _ = engine(vocab_size=VOCAB, drafter=drafter if guesses else None)
+    (got,) = serve(core, [constrained(0, Ascending(90), min_tokens=3, stop_token_ids=stops)])
+    assert len(got.tokens) > 3 and all(token % 2 for token in got.tokens[:3])
+
+
+def test_ignored_ends_do_not_count_as_stops() -> None:
+    core, _ = engine(vocab_size=VOCAB, eos_token_id=2)
+    (got,) = serve(core, [request(0, 3, max_tokens=4, min_tokens=2, ignore_eos=True, allowed_token_ids=[2])])
+    assert got.tokens == [2, 2, 2, 2] and got.finish is FinishReason.LENGTH

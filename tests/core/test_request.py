@@ -6,7 +6,8 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, fields
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -100,11 +101,11 @@ INVALID: list[tuple[str, Any, str]] = [
     ("temperature", math.nan, "nan; must be a finite number"),
     ("temperature", math.inf, "inf; must be a finite number"),
     ("temperature", "0.5", "'0.5'; must be a finite number"),
-    ("temperature", "warm", "'warm'; must be a number"),
-    ("temperature", None, "None; must be a number"),
+    ("temperature", "warm", "'warm'; must be a finite number"),
+    ("temperature", None, "None; must be a finite number"),
     ("temperature", True, "True; must be a finite number"),
-    ("temperature", 10**400, "must be a number"),
-    ("temperature", [1.0], "must be a number"),
+    ("temperature", 10**400, "must be a finite number"),
+    ("temperature", [1.0], "must be a finite number"),
     ("top_p", 0.0, "0.0; must be above 0 and at most 1"),
     ("top_p", 1.01, "1.01; must be above 0 and at most 1"),
     ("top_p", -math.inf, "-inf; must be a finite number"),
@@ -336,3 +337,50 @@ def test_f04_the_presets_that_people_look_for() -> None:
     assert {"greedy", "precise", "balanced", "creative", "chat", "code", "deterministic"} <= set(PRESETS)
     assert SamplingParams.preset("greedy") == SamplingParams(temperature=0)
     assert SamplingParams.preset("creative", n=2) == SamplingParams(temperature=0.9, top_k=50, top_p=0.95, n=2)
+
+
+HUGE = 1 << 100_000
+WRONG: list[Any] = [
+    HUGE,
+    [HUGE],
+    "x" * 10**6,
+    b"1",
+    np.bool_(True),
+    np.array([1, 2]),
+    float("nan"),
+    {"a": 1},
+    object(),
+    [[1]],
+]
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(SamplingParams) if f.init])
+@pytest.mark.parametrize("value", WRONG, ids=lambda value: type(value).__name__)
+def test_whatever_is_given_is_taken_or_refused_in_one_sentence(name: str, value: Any) -> None:
+    """Nothing but an InvalidRequestError, of a length that people read; bytes and NumPy's bools are nothing."""
+    ids = ("stop_token_ids", "bad_token_ids", "allowed_token_ids")  # of which limits are the model's
+    taken = {"huge": ("max_tokens", "top_k", *ids), "array": ids, "text": ("stop", "grammar")}
+    kind = (
+        "huge"
+        if value is HUGE or (isinstance(value, list) and value == [HUGE])
+        else "text"
+        if isinstance(value, str)
+        else "array"
+    )
+    try:
+        SamplingParams(**{name: value})
+    except InvalidRequestError as error:
+        assert str(error).startswith(name) and "\n" not in str(error) and len(str(error)) < 400
+    else:
+        assert name in taken[kind]
+
+
+@pytest.mark.parametrize("values", [3, None, [("n", 2)]])
+def test_from_dict_needs_a_mapping(values: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=r"sampling_params: is .*; must map names to values"):
+        SamplingParams.from_dict(values)
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.int64(1), 1, Fraction(1, 2)])
+def test_numbers_of_any_kind_are_numbers(value: Any) -> None:
+    assert SamplingParams(temperature=value).temperature == float(value)

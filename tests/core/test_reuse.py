@@ -112,7 +112,7 @@ def test_f83_nothing_is_reused_after_a_row_or_a_step_failed(placement: Placement
     core, backend = engine(placement, block_tokens=4)
     serve(core, 0, [5] * 30, max_tokens=3)
     assert core.arena.stats().cached_blocks
-    backend.spoil = lambda row: RowResult(row.seq_id, 0, error="NaN") if row.seq_id == 1 else row
+    backend.spoil = lambda row: RowResult(row.seq_id, 0, error="NaN", finite=False) if row.seq_id == 1 else row
     sink = Receiver()
     core.add(request(1, [5] * 31, max_tokens=9), sink)
     core.run()

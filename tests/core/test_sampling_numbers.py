@@ -11,7 +11,7 @@ import pytest
 
 from cortexstream.backends.common.fast_draw import draw as draw_many
 from cortexstream.plan import SampleSpec
-from cortexstream.sampling import describe, draw, gumbel, log_softmax, philox, process
+from cortexstream.sampling import describe, draw, gumbel, keep, log_softmax, philox, process
 
 Floats = npt.NDArray[np.float32]
 
@@ -141,3 +141,29 @@ def test_f11_metadata_of_what_cannot_come() -> None:
     assert told.entropy == pytest.approx(float(-(p * np.log(p)).sum()), abs=1e-6)
     certain = describe(np.array([0.0, 1e6], np.float32), SampleSpec(metadata=True), 1).metadata
     assert certain is not None and certain.entropy == 0.0
+
+
+def test_f71_a_nucleus_that_is_reached_exactly_takes_no_more() -> None:
+    """Probabilities 1/2, 1/4, 1/8, 1/8, exact in float32: a share of 3/4 is that of two tokens."""
+    z = np.log2(np.array([4, 2, 1, 1], np.float32)) * np.float32(np.log(2))
+    p = np.exp(z - z.max())
+    assert (p == [1, 0.5, 0.25, 0.25]).all()
+    for top_p, kept in ((0.5, 1), (0.75, 2), (0.76, 4), (0.25, 1), (1.0, 4)):
+        assert np.isfinite(keep(z, SampleSpec(temperature=1.0, top_p=top_p))).sum() == kept
+
+
+def test_f11_tokens_that_cannot_be_have_no_part_in_the_entropy() -> None:
+    z = np.array([0.0, 0.0, -np.inf, 0.0, 0.0, -np.inf], np.float32)
+    told = describe(z, SampleSpec(temperature=1.0, metadata=True), 3)
+    assert told.metadata is not None and told.metadata.entropy == pytest.approx(np.log(4), abs=1e-6)
+    assert told.metadata.num_filtered == 2 and told.metadata.chosen_prob == pytest.approx(0.25, abs=1e-6)
+
+
+@pytest.mark.parametrize("processed", [False, True])
+def test_f11_metadata_leaves_the_logprobs_of_which_distribution_they_are(processed: bool) -> None:
+    z = np.array([2.0, 1.0, 0.0, -1.0], np.float32)
+    spec = SampleSpec(temperature=0.5, top_k=2, logprobs=4, processed=processed, metadata=True)
+    expected = log_softmax(process(z, spec) if processed else z)
+    told = describe(z, spec, 1)
+    likeliest = expected[:2] if processed else expected  # two are left to draw
+    assert told.logprob == expected[1] and [value for _, value in told.top_logprobs] == likeliest.tolist()

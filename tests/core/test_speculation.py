@@ -11,10 +11,13 @@ import pytest
 from cortexstream.backend import WarmupReport
 from cortexstream.config import EngineConfig, SpeculativeConfig, speculative_config
 from cortexstream.engine.budget import split
-from cortexstream.engine.core import EngineCore
+from cortexstream.engine.core import EngineCore, Sink
+from cortexstream.engine.drafting import ModelDrafter
 from cortexstream.errors import ArenaError, EngineError, InvalidRequestError
 from cortexstream.kv import KVArena
+from cortexstream.plan import RowResult
 from cortexstream.request import FinishReason, Request
+from cortexstream.sequence import Sequence as Served
 from cortexstream.speculation import Ask, NgramDrafter, NgramIndex, accepted
 from tests.core.steps import answer, scheduler, step, tokens_of
 from tests.core.support import PLACEMENTS, Placement, Receiver, dense, engine, null_backend, request
@@ -40,6 +43,7 @@ class Knowing:
         drafts = []
         for ask in asks:
             known = len(ask.sequence.tokens)
+            assert known + ask.most < ask.sequence.limit_tokens  # the draw behind the last guess is the last that fits
             assert ask.sequence.tokens == self._full[ask.sequence.id][:known]
             right = self._full[ask.sequence.id][known : known + ask.most]
             drafts.append(tuple((t + (self._rng.random() < self._wrong)) % VOCAB for t in right))
@@ -189,19 +193,30 @@ def test_a_plan_that_depends_on_draws_in_flight_is_refused() -> None:
 
 
 def test_a_failed_draw_behind_right_guesses_ends_the_request_there() -> None:
+    """Drawn again by a row of its own, it fails again: with the tokens and the error that there are without guesses."""
+    asked = [request(0, 5, max_tokens=20)]
+    expected = dense(asked[0], VOCAB, 400)
+    for drafter, number in ((None, 4), (Knowing(asked, 4, wrong=0.0), 3)):
+        core, backend = engine(drafter=drafter)
+        backend.spoil = lambda row: row._replace(error="its logits are NaN") if row.token == expected[3] else row
+        (got,) = serve(core, asked)
+        assert got.tokens == expected[:3] and got.finish is FinishReason.ERROR
+        assert got.error == f"sequence 0, step {number}: its logits are NaN"
+
+
+def test_a_draw_that_failed_once_behind_a_guess_costs_a_step_and_nothing_else() -> None:
     asked = [request(0, 5, max_tokens=20)]
     core, backend = engine(drafter=Knowing(asked, 4, wrong=0.0))
     seen = 0
 
-    def spoil(row):  # type: ignore[no-untyped-def]
+    def spoil(row: RowResult) -> RowResult:
         nonlocal seen
         seen += 1
-        return row._replace(error="the logits are NaN") if seen == 4 else row
+        return row._replace(error="its logits are NaN") if seen == 4 else row
 
     backend.spoil = spoil
     (got,) = serve(core, asked)
-    assert got.tokens == dense(asked[0], VOCAB, 400)[:3]
-    assert got.error == "sequence 0, step 2: the logits are NaN" and got.finish is FinishReason.ERROR
+    assert got.tokens == dense(asked[0], VOCAB, 400) and got.error is None
 
 
 def test_a_drafter_that_fails_is_a_failed_step_and_the_next_request_is_served() -> None:
@@ -262,6 +277,26 @@ def test_prompt_lookup(tokens: list[int], expected: list[int]) -> None:
     for end in range(1, len(tokens)):
         grown.find(tokens[:end], 3)
     assert list(grown.find(tokens, 3)) == expected
+
+
+class Counted(list[int]):
+    """Counts the pieces that are taken out of it."""
+
+    taken = 0
+
+    def __getitem__(self, where):  # type: ignore[no-untyped-def]
+        self.taken += 1
+        return super().__getitem__(where)
+
+
+def test_prompt_lookup_looks_at_new_tokens_only() -> None:
+    index, tokens = NgramIndex(2, 4), Counted(range(1000))
+    index.find(tokens, 3)
+    assert tokens.taken > 2000
+    tokens.taken = 0
+    tokens.append(7)
+    index.find(tokens, 3)
+    assert tokens.taken < 10
 
 
 def test_prompt_lookup_against_a_search_of_all_places() -> None:
@@ -332,3 +367,29 @@ def test_two_models_share_the_budget_by_what_a_token_takes() -> None:
     assert (mine.kv_cache_memory, its.kv_cache_memory) == (2000, 1000)
     mine, its = split(large, small, EngineConfig(num_kv_blocks=9))
     assert (mine.num_kv_blocks, its.num_kv_blocks) == (9, 9)
+
+
+def test_p13_a_draft_model_is_asked_with_the_requests_own_parameters_and_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seed, completion and filters decide what is drawn: with others it would guess right by chance only."""
+    core, backend = engine(vocab_size=VOCAB)
+    drafter, asked, add = ModelDrafter(core, 3), [], core.add
+
+    def watch(one: Request, sink: Sink) -> None:
+        asked.append(one)
+        add(one, sink)
+
+    monkeypatch.setattr(core, "add", watch)
+    given = request(
+        4, [5, 6, 7], index=2, seed=99, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.3,
+        logit_bias={3: 1.0}, allowed_token_ids=range(90), bad_token_ids=[8], stop_token_ids=[9], logprobs=2,
+    )  # fmt: skip
+    (draft,) = drafter.propose([Ask(Served(given, 40, frozenset({1}), VOCAB), 3)])
+    (one,) = asked
+    assert (one.prompt_token_ids, one.seed, one.index) == ((5, 6, 7), 99, 2) and len(draft) == 3
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias", "allowed_token_ids")
+    for name in (*names, "bad_token_ids"):
+        assert getattr(one.sampling, name) == getattr(given.sampling, name), name
+    assert one.sampling.max_tokens == 3 and one.sampling.ignore_eos and not one.sampling.stop_token_ids
+    target, mine = engine(drafter=drafter)
+    target.close()
+    assert backend.closed and mine.closed

@@ -242,6 +242,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"past_key_value": PAST, "scale": "a"}, "scale is 'a'; it must be a finite number"),
     ({"past_key_value": PAST, "scale": float("nan")}, "scale is nan"),
     ({"past_key_value": PAST, "scale": torch.ones(())}, r"scale is tensor\(1.\)"),
+    ({"scale": True}, "scale is True; it must be a finite number"),
+    ({"window": True}, "window is True .* a window is a whole number"),
+    ({"cache_max_len": True}, "cache_max_len is True; it must be a whole number of at least 1"),
+    ({"past_key_value": PAST, "is_causal": "no"}, "is_causal is 'no'; it must be True or False"),
+    ({"past_key_value": PAST, "is_causal": 1}, "is_causal is 1; it must be True or False"),
+    ({"past_key_value": PAST, "update_cache": 2}, "update_cache is 2; it must be True or False"),
+    ({"past_key_value": PAST, "check": 0}, "check is 0; it must be True or False"),
     ({"past_key_value": 5}, r"past_key_value is \(keys, values\) with seq_lens"),
     ({"past_key_value": PAST.keys, "seq_lens": PAST.seq_lens}, r"past_key_value is \(keys, values\) with seq_lens"),
     ({"past_key_value": (None, None), "seq_lens": PAST.seq_lens}, "cached keys are of type NoneType"),
@@ -290,6 +297,25 @@ def test_f46_unchecked_a_negative_length_is_left_out(tokens: int) -> None:
     assert bool(output[1].isnan().all()) and cache.seq_lens.tolist() == [3 + tokens, -1]
     end = 3 + tokens
     assert same(cache.keys[1], before.keys[1]) and same(cache.values[0, :, end:], before.values[0, :, end:])
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(
+    ("dtype", "length"), [("int64", 2**32), ("int64", 2**32 + 5), ("int64", -(2**32) + 1), ("int64", 2**63 - 1),
+                          ("int32", 2**31 - 1)],
+)  # fmt: skip
+def test_f46_unchecked_a_length_beyond_int32_is_left_out(dtype: str, length: int, tokens: int) -> None:
+    """Cut to 32 bits it would be one that fits, and with the new tokens added it would wrap around."""
+    cache = cache_of([3, 5], 8, 2)
+    cache = cache._replace(seq_lens=torch.tensor([length, 5], dtype=getattr(torch, dtype), device=DEVICE))
+    before, (q, k, v) = copied(cache), projections(2, 4, 2, tokens)
+    kept, _ = attend(q, k, v, copied(cache), update_cache=False, check=False)
+    output, _ = attend(q, k, v, cache, check=False)
+    assert bool(output[0].isnan().all()) and cache.seq_lens.tolist() == [length, 5 + tokens]
+    assert same(cache.keys[0], before.keys[0]) and same(cache.values[0], before.values[0])
+    other = KVCache(*(x[1:] for x in before))
+    near(output[1:], definition(q[1:], other, k[1:], v[1:]))
+    assert same(cache.keys[1, :, 5 : 5 + tokens], k[1]) and same(kept, output)
 
 
 def test_there_are_no_gradients() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -320,10 +320,15 @@ def test_p4_heights_whose_rows_differ_are_not_used() -> None:
     assert [height for _, _, height in tiles(77, heights)] == [32, 32, 16]
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("width", [53, 100, 4864])
-def test_p4_activations_do_not_depend_on_how_many_rows_there_are(width: int) -> None:
-    """Neither what does not fill a vector nor the cut between threads may show."""
+def test_p4_activations_do_not_depend_on_how_many_rows_there_are(
+    width: int, threads: int, request: pytest.FixtureRequest
+) -> None:
+    """Neither what does not fill a vector nor the cut between threads may show; three cut rows of vectors anywhere."""
     torch: Any = require("torch")
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(threads)
     from cortexstream.kernels.torch.fixed_rows import row_by_row
     from cortexstream.kernels.torch.swiglu import gated, gated_row_by_row
 
@@ -338,4 +343,5 @@ def test_p4_activations_do_not_depend_on_how_many_rows_there_are(width: int) -> 
         whole = function(given)
         for first, end in ((0, 1), (1, 3), (3, 10)):
             assert torch.equal(function(given[first:end]), whole[first:end])
+        assert torch.equal(torch.cat([function(part) for part in given.split(5)]), whole)
     assert torch.allclose(gated_row_by_row(x, "silu"), gated(x, "silu"), atol=1e-5)

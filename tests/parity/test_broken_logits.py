@@ -59,3 +59,14 @@ def test_f74_nan_logits_fail_that_request_alone(name: str, guesses: Any, folder:
                 assert error is not None and re.match(r"sequence \d+, step \d+: .*NaN", error) and "\n" not in error
         llm.check()
         assert llm.stats().requests_failed == 4 and llm.stats().arena.used_blocks == 0
+
+
+def test_p13_a_draft_model_with_nan_guesses_nothing_and_hurts_nobody(folder: Path, tmp_path: Path) -> None:
+    """The large model is sound: with a broken draft model all answers are what they are without one."""
+    sound = make_folder(tmp_path / "sound", "llama", "float32", False, {})
+    greedy = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+    answers = []
+    for config in (None, {"model": str(folder), "num_speculative_tokens": 3}):
+        with LLM(sound, backend="reference", skip_tokenizer_init=True, speculative_config=config) as llm:
+            answers.append([output.outputs for output in llm.generate(PROMPTS, greedy, use_tqdm=False)])
+    assert answers[0] == answers[1] and not any(completion.error for (completion,) in answers[1])

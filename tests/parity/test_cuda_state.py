@@ -123,7 +123,7 @@ def test_f10_ties_of_logprobs_go_to_the_lowest_ids(levels: int, count: int) -> N
     mx = require("mlx")
     from cortexstream.backends.mlx import results
 
-    assert [sorted(results.likeliest(mx.array(row), count).tolist()) for row in values] == expected
+    assert [sorted(row) for row in results.likeliest(mx.array(values), count).tolist()] == expected
 
 
 @pytest.fixture
@@ -144,12 +144,12 @@ def step(backend: Any, number: int, row: PlanRow) -> Any:
 @pytest.mark.parametrize("spec", [SampleSpec(), SampleSpec(presence_penalty=0.5, output_tokens=(PENDING,))])
 def test_a_draw_that_follows_a_broken_one_is_broken(backend: Any, spec: SampleSpec) -> None:
     """And the one after that, until another sequence has the slot."""
-    from cortexstream.backends.cuda.results import BROKEN
+    from cortexstream.backends.common.rows import BANNED, BROKEN
 
     row = PlanRow(5, 2, (1, 300), 0, KVRows((0,), False), SampleSpec(banned=tuple(range(384))))
     goes_on = row._replace(tokens=(PENDING,), start=2, sample=spec)
     tickets = [backend.submit(StepPlan(number, (planned,))) for number, planned in ((1, row), (2, goes_on))]
-    assert [backend.collect(ticket).rows[0].error for ticket in tickets] == [BROKEN, BROKEN]
+    assert [backend.collect(ticket).rows[0].error for ticket in tickets] == [BANNED, BROKEN]
     assert step(backend, 3, goes_on._replace(start=3)).error == BROKEN
     assert step(backend, 4, row._replace(seq_id=6, sample=SampleSpec())).error is None
 

@@ -169,3 +169,33 @@ def test_p14_what_cannot_be_is_refused_with_field_and_limit(given: dict[str, Any
     assert caught.value.field == field
     assert word in str(caught.value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"response_format": '{"type": "integer", "multipleOf": 99999999}'}, "response_format: has multiple"),
+        ({"response_format": {"type": "json_schema", "schema": {"multipleOf": 10**400}}}, "response"),
+        (
+            {"response_format": '{"allOf": [{"multipleOf": 97}, {"multipleOf": 89}, {"multipleOf": 83}]}'},
+            "response_format: has multipleOf with a product of 716539",
+        ),
+        ({"grammar": 'start: %json {"type": "integer", "multipleOf" : 300007}'}, "grammar: has multipleOf"),
+        ({"grammar": "start: X\nX: " + " & ".join(["/a.*/"] * 10)}, "grammar: has 9 intersections"),
+    ],
+)  # fmt: skip
+def test_p14_what_would_take_gigabytes_is_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        grammar_source(**given)
+    assert str(caught.value).startswith(words)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"response_format": '{"properties": {"a": {"multipleOf": 0.01}, "b": {"multipleOf": 5}}}'},
+        {"grammar": 'start: "&" "&&" /[&]+&/ A\nA: /a/ & /a|b/'},
+    ],
+)  # fmt: skip
+def test_p14_what_only_looks_costly_is_allowed(given: dict[str, Any]) -> None:
+    assert grammar_source(**given) is not None
