@@ -5,7 +5,7 @@ from __future__ import annotations
 from cortexstream.plan import PENDING, PlanRow, RowResult, SampleSpec
 
 BROKEN = "no token can be drawn: the logits hold NaN or +inf; the model or its weights are broken"
-BANNED = "no token can be drawn: bans, mask and grammar leave none whose logit is finite"
+BANNED = "no token can be drawn: each is banned, by the request or its grammar, or has a logit of -inf"
 
 
 def may_ban_all(spec: SampleSpec) -> bool:

@@ -209,5 +209,5 @@ def test_f11_f74_rows_of_the_host_ask_for_a_mask_once_and_say_why_they_cannot_dr
     assert found[0].token == 2 and found[0].top_logprobs == ((2, 0.0),)
     assert found[0].metadata is not None and found[0].metadata.num_filtered == 3
     assert found[1].error is not None and "the logits hold NaN or +inf" in found[1].error and not found[1].finite
-    assert found[2].error is not None and "bans, mask and grammar leave none" in found[2].error and found[2].finite
+    assert found[2].error is not None and "each is banned" in found[2].error and found[2].finite
     assert found[3].error is None and found[3].token == 2  # a banned token's logit may be anything
