@@ -46,6 +46,12 @@ def require(name: str) -> ModuleType:
     pytest.skip(reason, allow_module_level=True)
 
 
+def require_backend(name: str) -> None:
+    """`require` what a real backend needs: "mlx", "cuda", or with a layout as in "reference-run"."""
+    for part in {"mlx": ("mlx", "mlx_lm"), "cuda": ("torch", "transformers")}.get(name.partition("-")[0], ()):
+        require(part)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is marked full_grid, unless -m says what to run."""
     if config.option.markexpr:

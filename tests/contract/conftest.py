@@ -10,19 +10,14 @@ import pytest
 
 from cortexstream.backend import Backend, BackendOptions
 from cortexstream.models import tiny_folder
-from tests.conftest import require
+from tests.conftest import require_backend
 from tests.contract.plans import BLOCK, CASES, NUM_BLOCKS
 
 
 @pytest.fixture(params=CASES, ids=["-".join(case) for case in CASES])
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     name, layout = request.param
-    if name == "mlx":
-        require("mlx")
-        require("mlx_lm")
-    if name == "cuda":
-        require("torch")
-        require("transformers")
+    require_backend(name)
     options: dict[str, dict[str, Any]] = {"null": {"vocab_size": 384}, "cuda": {"device": "cpu"}}
     extra = options.get(name, {})
     model = None if name == "null" else str(tiny_folder())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cortexstream import LLM, SamplingParams
-from tests.conftest import require
+from tests.conftest import require, require_backend
 from tests.parity.reference_models import make_folder
 
 BROKEN = 11  # a token whose embedding is NaN
@@ -39,9 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_f74_nan_logits_fail_that_request_alone(name: str, guesses: Any, folder: Path) -> None:
     """In a prompt, and in the middle of an answer that a bias makes draw the broken token; neighbours are untouched."""
-    if name == "mlx":
-        require("mlx")
-        require("mlx_lm")
+    require_backend(name)
     clean = SamplingParams(temperature=0, max_tokens=12, bad_token_ids=[BROKEN], ignore_eos=True)
     broken = SamplingParams(
         temperature=0.8, seed=2, max_tokens=12, logit_bias={BROKEN: 100.0}, min_tokens=12, logprobs=2, ignore_eos=True

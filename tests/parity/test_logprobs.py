@@ -12,7 +12,7 @@ import pytest
 
 from cortexstream import LLM, RequestOutput, SamplingParams
 from cortexstream.models import tiny_folder
-from tests.conftest import require
+from tests.conftest import require, require_backend
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "reference": {"backend": "reference"},
@@ -25,11 +25,6 @@ SAMPLED = SamplingParams(
     temperature=0.8, seed=4, max_tokens=12, top_k=6, repetition_penalty=1.3, frequency_penalty=0.2, bad_token_ids=[7],
     logprobs=6, logprobs_mode="processed_logprobs", sampling_metadata=True, ignore_eos=True,
 )  # fmt: skip
-
-
-def need(name: str) -> None:
-    for part in {"mlx": ("mlx", "mlx_lm"), "cuda": ("torch", "transformers")}.get(name, ()):
-        require(part)
 
 
 @cache
@@ -63,7 +58,7 @@ def log_softmax(z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_f10_prompt_logprobs_are_transformers_own(name: str) -> None:
-    need(name)
+    require_backend(name)
     for output in answers(name)[:3]:
         tokens, found = output.prompt_token_ids, output.prompt_logprobs
         expected = log_softmax(judge(tokens))
@@ -79,7 +74,7 @@ def test_f10_prompt_logprobs_are_transformers_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_f10_a_completion_scored_as_a_prompt_has_the_same_logprobs(name: str) -> None:
-    need(name)
+    require_backend(name)
     whole = [[*o.prompt_token_ids, *o.outputs[0].token_ids, 5] for o in answers(name)[:3]]
     with LLM(**OPTIONS[name]) as llm:
         again = llm.generate(whole, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=3), use_tqdm=False)
@@ -94,7 +89,7 @@ def test_f10_a_completion_scored_as_a_prompt_has_the_same_logprobs(name: str) ->
 @pytest.mark.parametrize("name", OPTIONS)
 def test_processed_logprobs_are_what_is_drawn_from(name: str) -> None:
     """Six tokens are left, whose probabilities sum to 1; by hand, from transformers' logits."""
-    need(name)
+    require_backend(name)
     for output in answers(name)[3:]:
         context, done = list(output.prompt_token_ids), output.outputs[0]
         assert done.logprobs is not None and done.sampling_metadata is not None
@@ -119,7 +114,7 @@ def test_processed_logprobs_are_what_is_drawn_from(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mlx", "cuda"])
 def test_p5_backends_tell_the_same(name: str) -> None:
-    need(name)
+    require_backend(name)
     for a, b in zip(answers("reference"), answers(name), strict=True):
         (x,), (y,) = a.outputs, b.outputs
         assert x.token_ids == y.token_ids

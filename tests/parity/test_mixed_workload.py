@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cortexstream import LLM, RequestOutput, SamplingParams
-from tests.conftest import require
+from tests.conftest import require_backend
 
 NUM_PROMPTS = 64
 LONGEST = 1000
@@ -78,20 +78,11 @@ def together(name: str) -> list[RequestOutput]:
         return outputs
 
 
-def backend_of(name: str) -> None:
-    if name == "mlx":
-        require("mlx")
-        require("mlx_lm")
-    if name == "cuda":
-        require("torch")
-        require("transformers")
-
-
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_together_is_alone(name: str) -> None:
     """F65, F70, P7: tokens equal, logprobs within 1e-4, nothing leaks."""
-    backend_of(name)
+    require_backend(name)
     for one, all_ in zip(alone(name), together(name), strict=True):
         (expected,), (got,) = one.outputs, all_.outputs
         assert got.token_ids == expected.token_ids
@@ -104,7 +95,7 @@ def test_together_is_alone(name: str) -> None:
 @pytest.mark.parametrize("name", ["mlx", "cuda"])
 def test_backends_agree(name: str) -> None:
     """P1: every backend draws the reference's tokens, greedy and seeded, from the same checkpoint in float32."""
-    backend_of(name)
+    require_backend(name)
     for number, (a, b) in enumerate(zip(alone("reference"), alone(name), strict=True)):
         assert a.outputs[0].token_ids == b.outputs[0].token_ids, f"prompt {number}"
         assert a.outputs[0].text == b.outputs[0].text

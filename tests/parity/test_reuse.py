@@ -9,7 +9,7 @@ import pytest
 
 from cortexstream import LLM, ModelLoadError, SamplingParams
 from cortexstream.outputs import RequestOutput
-from tests.conftest import require
+from tests.conftest import require, require_backend
 from tests.parity.tiny_models import WINDOWED, write_model
 
 SYSTEM = "copy: " + " ".join("the fox and the owl met by the river at noon".split() * 6) + " "
@@ -19,12 +19,8 @@ SEEDED = SamplingParams(temperature=0.9, top_p=0.9, seed=11, max_tokens=24, n=3,
 
 
 def open_llm(name: str, **options: Any) -> LLM:
-    if name == "mlx":
-        require("mlx")
-        require("mlx_lm")
+    require_backend(name)
     if name == "cuda":
-        require("torch")
-        require("transformers")
         options = {"block_tokens": 16, "backend_options": {"device": "cpu"}, **options}
     backend, _, layout = name.partition("-")
     return LLM(backend=backend, **{"num_kv_blocks": 400, "kv_layout": layout or None, **options})

@@ -14,7 +14,7 @@ import pytest
 from cortexstream import LLM, RequestOutput, SamplingParams
 from cortexstream.errors import InvalidRequestError, ModelLoadError
 from cortexstream.models import tiny_folder
-from tests.conftest import require
+from tests.conftest import require_backend
 from tests.parity.reference_models import make_folder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -28,12 +28,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4}
 SMALL: dict[str, Any] = {"num_kv_blocks": 26, "block_tokens": 16, "max_num_seqs": 8, "max_num_batched_tokens": 96}
-
-
-def need(name: str) -> None:
-    """The parts that a backend needs; torch and transformers also make random models."""
-    for part in {"mlx": ("mlx", "mlx_lm"), "cuda": ("torch", "transformers")}.get(name, ()):
-        require(part)
 
 
 @cache
@@ -80,7 +74,7 @@ def plain(name: str) -> list[RequestOutput]:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_p13_prompt_lookup_changes_no_token(name: str) -> None:
     """In a batch that outgrows the arena, and a few alone."""
-    need(name)
+    require_backend(name)
     prompts, params = workload()
     with LLM(**OPTIONS[name], **SMALL, speculative_config=NGRAM) as llm:
         same(plain(name), llm.generate(prompts, params, use_tqdm=False))
@@ -96,8 +90,8 @@ def test_p13_prompt_lookup_changes_no_token(name: str) -> None:
 @pytest.mark.parametrize("name", ["reference", "mlx", "cuda"])
 def test_p13_a_draft_model_changes_no_token(name: str, tmp_path: Path) -> None:
     """The model itself, which guesses right whatever the temperature; one with random weights, which never does."""
-    need(name)
-    need("cuda")  # which makes the random model
+    require_backend(name)
+    require_backend("cuda")  # which makes the random model
     prompts, params = workload()
     with LLM(**OPTIONS[name], speculative_config={"model": str(tiny_folder()), "num_speculative_tokens": 3}) as llm:
         steps = [step for step, _ in llm.warmup(8, 2).steps]
@@ -141,7 +135,7 @@ def test_prompts_logprobs_and_prefixes_beside_guesses() -> None:
 
 
 def test_speculation_is_refused_where_it_cannot_be_right(tmp_path: Path) -> None:
-    need("cuda")
+    require_backend("cuda")
     with pytest.raises(InvalidRequestError, match=r"speculative_config: has a model with 77 token ids; .* has 384"):
         stranger = make_folder(tmp_path / "other", "llama", "float32", False, {"vocab_size": 77})
         LLM(backend="reference", speculative_config={"model": str(stranger), "num_speculative_tokens": 2})

@@ -13,7 +13,7 @@ import pytest
 
 from cortexstream import LLM, AsyncLLM, RequestOutput, SamplingParams
 from cortexstream.errors import InvalidRequestError
-from tests.conftest import require
+from tests.conftest import require_backend
 from tests.text.schemas import judge, random_schema
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -33,11 +33,6 @@ PERSON = {
 }
 SUM = 'start: NUMBER " + " NUMBER " = " NUMBER\nNUMBER: /[1-9][0-9]{0,2}/\n'
 CLOSING = ('"', "}", "]", '"}', ",", ":")
-
-
-def need(name: str) -> None:
-    for part in {"mlx": ("mlx", "mlx_lm"), "cuda": ("torch", "transformers")}.get(name, ()):
-        require(part)
 
 
 @cache
@@ -64,7 +59,7 @@ def asked(schema: Any, number: int) -> SamplingParams:
 
 def all_validate(name: str, count: int, seed: int) -> None:
     """`count` random schemas in batches that outgrow the arena, free requests among them."""
-    need(name)
+    require_backend(name)
     wanted = schemas(count, seed)
     params = [asked(schema, number) for number, schema in enumerate(wanted)]
     free = SamplingParams(temperature=0, max_tokens=12)
@@ -124,7 +119,7 @@ def answers(name: str) -> list[RequestOutput]:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_p14_every_form_with_what_it_is_combined_with(name: str) -> None:
-    need(name)
+    require_backend(name)
     person, pattern, choice, total, stopped, several, early, free, text = (output.outputs for output in answers(name))
     assert set(json.loads(person[0].text)) == {"name", "age"}
     judge(PERSON, person[0].text)
@@ -144,7 +139,7 @@ def test_p14_every_form_with_what_it_is_combined_with(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mlx", "cuda"])
 def test_p14_backends_agree(name: str) -> None:
-    need(name)
+    require_backend(name)
     for a, b in zip(answers("reference"), answers(name), strict=True):
         assert [(c.token_ids, c.text, c.finish_reason) for c in a.outputs] == [
             (c.token_ids, c.text, c.finish_reason) for c in b.outputs
