@@ -192,7 +192,8 @@ def _items(name: str, values: Iterable[Any], kind: type) -> tuple[Any, ...]:
         raise InvalidRequestError(name, f"is {shown(values)}; must be a list of items of type {kind.__name__}")
     items = tuple(values)
     if kind is int:
-        return tuple(_int(name, item) for item in items)
+        plain = set(map(type, items)) <= {int}  # as a long prompt's tokens are: a draft model is asked at every step
+        return items if plain else tuple(_int(name, item) for item in items)
     for item in items:
         if not isinstance(item, kind):
             raise InvalidRequestError(name, f"has {shown(item)}; every item must be of type {kind.__name__}")
