@@ -47,6 +47,10 @@ class SampleSpec(NamedTuple):
     def penalised(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
+    def filtered(self, vocab_size: int) -> bool:
+        """May min-p, top-k or top-p leave out some of so many tokens?"""
+        return self.min_p > 0.0 or 0 < self.top_k < vocab_size or self.top_p < 1.0
+
     @property
     def needs_logits(self) -> bool:
         """Is what is reported computed on the host, from all of the row's logits?"""

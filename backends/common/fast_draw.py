@@ -2,10 +2,10 @@
 
 What is left out cannot change a draw:
 
-* Rows that differ in nothing share an operation; penalties touch only the tokens that occurred.
+* Penalties touch only the tokens that occurred.
 * A token that a threshold drops needs no noise. What may be above the thresholds is found by one comparison with a
   bound that is never too high (`_top_k_bound`, `_nucleus_threshold`); the thresholds are then taken among these few.
-* Without thresholds, noise lies between -2.82 and 22.88, so a token that is further below the largest never wins.
+* Without thresholds, a block whose largest score is too low for its noise is not summed (`_draw_by_blocks`).
 """
 
 from __future__ import annotations
@@ -27,14 +27,12 @@ NOTHING = -1
 """In place of a token: nothing can be drawn."""
 
 LOWEST = np.finfo(np.float32).min
-REACH = np.float32(32.0)  # more than the largest noise is above the smallest, and than rounding may add
-BLOCKS = 1024  # whose maxima bound the k-th largest
-COUNTERS = 8192  # Philox's at a time; its intermediates stay in the cache
-SMALL = 4096  # vocabularies for which it takes longer to look who may win than to give noise to all
+ABOVE = np.float32(np.log(sampling.BLOCK) + 0.001)
+STRIPES = 1024  # whose maxima bound the k-th largest
 
 
 class Candidates(NamedTuple):
-    """What row `row` may draw: all tokens that can win, and perhaps some that cannot; ids rise."""
+    """What the thresholds leave to row `row`; ids rise."""
 
     row: int
     ids: Ints
@@ -50,7 +48,7 @@ def draw(logits: Floats, specs: Sequence[SampleSpec], positions: Sequence[int]) 
     tokens: Ints = logits.argmax(axis=1)
     peaks = logits[np.arange(len(tokens)), tokens]  # a NaN is the maximum of its row
     few: list[Candidates] = []
-    many: list[tuple[int, Floats]] = []
+    whole: list[tuple[int, Floats]] = []
     with np.errstate(over="ignore"):  # a score beyond float32 is +inf or -inf, as defined
         for r, spec in enumerate(specs):
             z, peak = logits[r], peaks[r]
@@ -66,13 +64,12 @@ def draw(logits: Floats, specs: Sequence[SampleSpec], positions: Sequence[int]) 
                 tokens[r] = z.argmax()
             if spec.temperature == 0.0:
                 continue
-            found = _candidates(r, z, z[tokens[r]], spec)
-            if found is None:
-                many.append((r, z))
+            if spec.filtered(len(z)):
+                few.append(_candidates(r, z, z[tokens[r]], spec))
             else:
-                few.append(found)
+                whole.append((r, z))
         _draw_few(tokens, few, specs, positions)
-        _draw_many(tokens, many, specs, positions)
+        _draw_whole(tokens, whole, specs, positions)
     return tokens
 
 
@@ -88,23 +85,13 @@ def penalise(z: Floats, spec: SampleSpec) -> Floats:
     return z
 
 
-def _candidates(row: int, z: Floats, largest: np.float32, spec: SampleSpec) -> Candidates | None:
-    """None: nearly all tokens of the row may be drawn. `largest` is that of the penalised logits `z`."""
-    by_count = 0 < spec.top_k < len(z)
-    filtered = by_count or spec.min_p > 0.0 or spec.top_p < 1.0
-    if not filtered and len(z) <= SMALL:
-        return None
-    temperature = np.float32(spec.temperature)
-    scores, peak = z / temperature, largest / temperature
+def _candidates(row: int, z: Floats, largest: np.float32, spec: SampleSpec) -> Candidates:
+    """`largest` is that of the penalised logits `z`."""
+    scores, peak = z / np.float32(spec.temperature), largest / np.float32(spec.temperature)
     if np.isinf(peak):  # of the scores that overflowed the first wins, whatever its noise
         first = int(scores.argmax())
         return Candidates(row, np.array([first]), scores[first : first + 1])
-    if not filtered:
-        able = scores >= peak - REACH
-        if np.count_nonzero(able) > len(z) // 8:
-            return None
-        ids = np.flatnonzero(able)
-        return Candidates(row, ids, scores[ids])
+    by_count = 0 < spec.top_k < len(scores)
     floor = max(LOWEST, peak + np.float32(np.log(spec.min_p))) if spec.min_p > 0.0 else LOWEST
     if by_count:
         floor = max(floor, _top_k_bound(scores, spec.top_k))
@@ -119,11 +106,11 @@ def _candidates(row: int, z: Floats, largest: np.float32, spec: SampleSpec) -> C
 
 
 def _top_k_bound(scores: Floats, k: int) -> np.float32:
-    """At most the k-th largest score: k blocks of tokens have a maximum that is not lower."""
-    width = len(scores) // BLOCKS
-    if width < 2 or k > BLOCKS // 2:
+    """At most the k-th largest score: k stripes of tokens have a maximum that is not lower."""
+    width = len(scores) // STRIPES
+    if width < 2 or k > STRIPES // 2:
         return np.float32(np.partition(scores, -k)[-k])
-    maxima = scores[: width * BLOCKS].reshape(width, BLOCKS).max(axis=0)
+    maxima = scores[: width * STRIPES].reshape(width, STRIPES).max(axis=0)
     return np.float32(np.partition(maxima, -k)[-k])
 
 
@@ -140,17 +127,11 @@ def _nucleus_threshold(alive: Floats, peak: np.float32, top_p: float) -> np.floa
     return np.float32(descending[np.count_nonzero(held[:-1] < np.float32(top_p))])
 
 
-class Keys(NamedTuple):
-    """What the noise of rows depends on, uint64 [rows] each."""
-
-    seed: Words
-    position: Words
-    sample: Words
-
-
-def _keys(rows: Sequence[int], specs: Sequence[SampleSpec], positions: Sequence[int]) -> Keys:
+def _keys(rows: Sequence[int], specs: Sequence[SampleSpec], positions: Sequence[int]) -> tuple[Words, Words, Words]:
+    """Seeds, positions and sample indices of rows, uint64 [rows] each."""
     columns = [specs[r].seed for r in rows], [positions[r] for r in rows], [specs[r].sample_index for r in rows]
-    return Keys(*(np.array(column, np.uint64) for column in columns))
+    seed, position, sample = (np.array(column, np.uint64) for column in columns)
+    return seed, position, sample
 
 
 def _draw_few(
@@ -165,7 +146,7 @@ def _draw_few(
     fresh = np.ones(len(ids), bool)
     fresh[1:] = (group[1:] != group[:-1]) | (place[1:] != place[:-1])
     seed, position, sample = (key[place[fresh]] for key in _keys([found.row for found in few], specs, positions))
-    words = np.stack(sampling.philox(seed, (group[fresh], position, sample, 0)))
+    words = np.stack(sampling.philox(seed, (group[fresh], position, sample, sampling.TOKENS)))
     scores = np.concatenate([found.scores for found in few])
     scores += sampling.gumbel(words[ids % 4, np.cumsum(fresh) - 1])
     end = 0
@@ -174,20 +155,26 @@ def _draw_few(
         tokens[found.row] = found.ids[scores[start:end].argmax()]
 
 
-def _draw_many(
-    tokens: Ints, many: Sequence[tuple[int, Floats]], specs: Sequence[SampleSpec], positions: Sequence[int]
+def _draw_whole(
+    tokens: Ints, whole: Sequence[tuple[int, Floats]], specs: Sequence[SampleSpec], positions: Sequence[int]
 ) -> None:  # fmt: skip
-    """Rows whose every token gets noise, some at a time."""
-    if not many:
+    """Noise for the places and blocks of all rows in one go."""
+    if not whole:
         return
-    vocab_size = len(many[0][1])
-    counter = np.arange(-(-vocab_size // 4))
-    step = max(1, COUNTERS // len(counter))
-    for first in range(0, len(many), step):
-        rows = [r for r, _ in many[first : first + step]]
-        seed, position, sample = (key[:, None] for key in _keys(rows, specs, positions))
-        lanes = sampling.philox(seed, (counter, position, sample, 0))
-        scores = np.stack([z for _, z in many[first : first + step]])
-        scores /= np.array([specs[r].temperature for r in rows], np.float32)[:, None]
-        scores += sampling.gumbel(np.stack(lanes, axis=2).reshape(len(rows), -1)[:, :vocab_size])
-        tokens[rows] = scores.argmax(axis=1)
+    count = sampling.noise_count(len(whole[0][1]))
+    seed, position, sample = (key[:, None] for key in _keys([row for row, _ in whole], specs, positions))
+    lanes = sampling.philox(seed, (np.arange(-(-count // 4)), position, sample, sampling.BLOCKS))
+    noise = sampling.gumbel(np.stack(lanes, axis=2).reshape(len(whole), -1)[:, :count])
+    for (row, z), own in zip(whole, noise, strict=True):
+        tokens[row] = _draw_by_blocks(z / np.float32(specs[row].temperature), own)
+
+
+def _draw_by_blocks(scores: Floats, noise: Floats) -> int:
+    """`sampling.draw_by_blocks`, which sums no block that cannot be the best: the log of a sum lies at most log(BLOCK)
+    above the largest score. Rounding keeps the order of what is compared."""
+    size = sampling.BLOCK
+    blocks, bonus = sampling.in_blocks(scores), noise[size:]
+    peaks = np.maximum.reduceat(blocks.reshape(-1), np.arange(0, blocks.size, size))
+    able = np.flatnonzero((peaks + ABOVE) + bonus >= (peaks + bonus).max())
+    best = able[np.argmax(sampling.log_sums(blocks[able]) + bonus[able])]
+    return int(best * size + np.argmax(blocks[best] + noise[:size]))

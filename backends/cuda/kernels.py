@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cortexstream.backend import LayerKV
-from cortexstream.backends.cuda import sample
+from cortexstream.backends.cuda import host_sample, sample
 from cortexstream.backends.cuda.fused import Ops, torch_ops, triton_ops
 from cortexstream.errors import BackendUnavailableError, InvalidRequestError
 from cortexstream.plan import SampleSpec
@@ -62,7 +62,7 @@ def choose(options: dict[str, Any], device: torch.device, block_tokens: int) -> 
         note = f"attention runs in torch, and slowly: {reason}"
         log.warning("%s", note)
         return Kernels(False, False, torch_ops(), sample.draw, (note,))
-    return Kernels(False, False, torch_ops(), sample.draw)
+    return Kernels(False, False, torch_ops(), sample.draw if gpu else host_sample.draw)
 
 
 def fitting(kernels: Kernels, layers: Sequence[LayerKV]) -> Kernels:

@@ -6,17 +6,21 @@ several, and a row's draw must not depend on the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from cortexstream.constraint import Mask
 from cortexstream.plan import PENDING, SampleSpec
-from cortexstream.sampling import PHILOX_M, PHILOX_ROUNDS, PHILOX_W, WORD
+from cortexstream.sampling import BLOCK, BLOCKS, PHILOX_M, PHILOX_ROUNDS, PHILOX_W, TOKENS, WORD, noise_count
 
 FEW = 1024  # a top-k up to this is found without sorting the vocabulary
 EVERYTHING = np.uint32(WORD)  # a word of a mask that allows all
+
+
+Way = Callable[[torch.Tensor, Sequence[SampleSpec], Sequence[int]], torch.Tensor]
+"""(logits after penalties float32 [rows, vocabulary], specs, positions) -> tokens int64 [rows]"""
 
 
 def draw(
@@ -31,35 +35,63 @@ def draw(
     z = bias(logits, specs)
     broken = ~torch.isfinite(z.amax(-1))  # a NaN is the maximum of its row
     z = _penalise(z, specs, pending)
-    tokens = torch.argmax(z, dim=-1)  # the lowest index of equals: asserted by a test
-    hot = [row for row, spec in enumerate(specs) if spec.temperature != 0.0]
-    if hot:
-        asked = [specs[row] for row in hot]
-        scores = _keep(_rows(z, hot) / _column([spec.temperature for spec in asked], z), asked)
-        scores = scores + noise(asked, [positions[row] for row in hot], z.shape[1], z.device)
-        drawn = torch.argmax(scores, dim=-1)
-        if len(hot) == len(specs):
+    tokens = torch.empty(len(specs), dtype=torch.int64, device=z.device)
+    ways: dict[Way, list[int]] = {}
+    for row, spec in enumerate(specs):
+        ways.setdefault(_way_of(spec, z.shape[1]), []).append(row)
+    for way, rows in ways.items():
+        drawn = way(_rows(z, rows), [specs[row] for row in rows], [positions[row] for row in rows])
+        if len(ways) == 1:
             tokens = drawn
         else:
-            tokens[torch.tensor(hot, device=z.device)] = drawn
+            tokens[torch.tensor(rows, device=z.device)] = drawn
     return tokens.masked_fill(broken, 0), broken
 
 
-def noise(specs: Sequence[SampleSpec], positions: Sequence[int], vocab_size: int, device: torch.device) -> torch.Tensor:
-    """Gumbel noise float32 [rows, vocabulary]; bit for bit the words of `cortexstream.sampling.noise`."""
+def _way_of(spec: SampleSpec, vocab_size: int) -> Way:
+    if spec.temperature == 0.0:
+        return _greedy
+    return _draw_filtered if spec.filtered(vocab_size) else _draw_by_blocks
+
+
+def _greedy(z: torch.Tensor, specs: Sequence[SampleSpec], positions: Sequence[int]) -> torch.Tensor:
+    return torch.argmax(z, dim=-1)  # the lowest index of equals: asserted by a test
+
+
+def _draw_filtered(z: torch.Tensor, specs: Sequence[SampleSpec], positions: Sequence[int]) -> torch.Tensor:
+    scores = _keep(_tempered(z, specs), specs)
+    return torch.argmax(scores + noise(specs, positions, z.shape[1], z.device), dim=-1)
+
+
+def _draw_by_blocks(z: torch.Tensor, specs: Sequence[SampleSpec], positions: Sequence[int]) -> torch.Tensor:
+    """As `cortexstream.sampling.draw_by_blocks` has it."""
+    scores, left = _tempered(z, specs), -z.shape[1] % BLOCK
+    padded = torch.nn.functional.pad(scores, (0, left), value=-torch.inf) if left else scores
+    blocks = padded.view(len(specs), -1, BLOCK)
+    sums = torch.logsumexp(blocks, dim=-1)
+    found = noise(specs, positions, noise_count(z.shape[1]), z.device, BLOCKS)
+    best = torch.argmax(sums + found[:, BLOCK:], dim=-1)
+    places = blocks[torch.arange(len(specs), device=z.device), best] + found[:, :BLOCK]
+    return best * BLOCK + torch.argmax(places, dim=-1)
+
+
+def noise(
+    specs: Sequence[SampleSpec], positions: Sequence[int], count: int, device: torch.device, kind: int = TOKENS
+) -> torch.Tensor:  # fmt: skip
+    """Gumbel noise float32 [rows, count]; bit for bit the words of `cortexstream.sampling.noise`."""
     keys = [
         [s.seed & WORD for s in specs], [s.seed >> 32 & WORD for s in specs], list(positions),
         [s.sample_index for s in specs],
     ]  # fmt: skip
     low, high, c1, c2 = torch.tensor(keys, dtype=torch.int64).to(device)[:, :, None]
-    c0 = torch.arange(-(-vocab_size // 4), device=device)[None]
-    c3 = torch.zeros_like(c1)
+    c0 = torch.arange(-(-count // 4), device=device)[None]
+    c3 = torch.full_like(c1, kind)
     for _ in range(PHILOX_ROUNDS):
         p0, p1 = c0 * PHILOX_M[0], c2 * PHILOX_M[1]  # modulo 2**64, of which the upper half is wanted unsigned
         c0, c2 = (p1 >> 32 & WORD) ^ (c1 ^ low), (p0 >> 32 & WORD) ^ (c3 ^ high)
         c1, c3 = p1 & WORD, p0 & WORD
         low, high = (low + PHILOX_W[0]) & WORD, (high + PHILOX_W[1]) & WORD
-    bits = torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)[:, :vocab_size]
+    bits = torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)[:, :count]
     u = bits.float() * 2.0**-32 + 2.0**-33
     return -torch.log(-torch.log1p(-u.clamp_max(1 - 2.0**-24)))
 
@@ -95,6 +127,10 @@ def allowed(masks: dict[int, Mask], num_rows: int, like: torch.Tensor) -> torch.
 
 def _rows(z: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     return z if len(rows) == z.shape[0] else z[torch.tensor(rows, device=z.device)]
+
+
+def _tempered(z: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
+    return z / _column([spec.temperature for spec in specs], z)
 
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
@@ -138,7 +174,8 @@ def _pairs(rows: Sequence[int], tokens: Sequence[tuple[int, ...]], device: torch
 def _keep(z: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
     if any(spec.min_p > 0.0 for spec in specs):
         floor = _column([float(np.float32(np.log(s.min_p))) if s.min_p > 0.0 else -np.inf for s in specs], z)
-        z = torch.where(z >= z.amax(-1, keepdim=True) + floor, z, -torch.inf)
+        floor = torch.where(floor > -torch.inf, z.amax(-1, keepdim=True) + floor, floor)  # not inf - inf
+        z = torch.where(z >= floor, z, -torch.inf)
     cut = [row for row, spec in enumerate(specs) if spec.top_p < 1.0 or 0 < spec.top_k < z.shape[1]]
     if not cut:
         return z

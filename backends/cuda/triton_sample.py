@@ -12,6 +12,7 @@ from cortexstream.backends.cuda.step import upload
 from cortexstream.kernels.triton.sample import Drawn, RowParameters, Tables, sample
 from cortexstream.plan import PENDING, SampleSpec
 
+BELOW_ONE = 1 - 2.0**-24  # in float32: a row with a top-p is drawn from as one, however near to 1 it is
 INTEGERS = 6  # rows of the upload that are integers; the others are the bits of float32
 
 
@@ -45,7 +46,7 @@ def _parameters(
         [s.seed - (1 << 64) if s.seed >= 1 << 63 else s.seed for s in specs],
     ]  # fmt: skip
     floats = [
-        [s.temperature for s in specs], [s.top_p for s in specs],
+        [s.temperature for s in specs], [min(s.top_p, BELOW_ONE) if s.top_p < 1.0 else 1.0 for s in specs],
         [np.log(s.min_p) if s.min_p > 0.0 else -np.inf for s in specs],
         [s.repetition_penalty for s in specs], [s.frequency_penalty for s in specs],
         [s.presence_penalty for s in specs],

@@ -5,16 +5,20 @@ Sums over the vocabulary are taken as the last of a cumulative sum, whose order 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from cortexstream.plan import PENDING, SampleSpec
-from cortexstream.sampling import PHILOX_M, PHILOX_ROUNDS, PHILOX_W, WORD
+from cortexstream.sampling import BLOCK, BLOCKS, PHILOX_M, PHILOX_ROUNDS, PHILOX_W, TOKENS, WORD, noise_count
 
 FEW = 1024  # a top-k up to this is found by partition, without sorting the vocabulary
 EVERYTHING = np.uint32(WORD)  # a word of a mask that allows all
+
+
+Way = Callable[[mx.array, Sequence[SampleSpec], Sequence[int]], mx.array]
+"""(logits after penalties float32 [rows, vocabulary], specs, positions) -> tokens [rows]"""
 
 
 def draw(
@@ -29,25 +33,55 @@ def draw(
     z = _bias(logits, specs)
     broken = ~mx.isfinite(mx.max(z, axis=-1))  # a NaN is the maximum of its row
     z = _penalise(z, specs, pending)
-    tokens = mx.argmax(z, axis=-1).astype(mx.int32)
-    hot = [row for row, spec in enumerate(specs) if spec.temperature != 0.0]
-    if hot:
-        asked = [specs[row] for row in hot]
-        scores = _keep(_rows(z, hot) / _column([spec.temperature for spec in asked]), asked)
-        scores = scores + noise(asked, [positions[row] for row in hot], z.shape[1])
-        tokens[mx.array(hot)] = mx.argmax(scores, axis=-1).astype(mx.int32)
+    tokens = mx.zeros(len(specs), mx.int32)
+    ways: dict[Way, list[int]] = {}
+    for row, spec in enumerate(specs):
+        ways.setdefault(_way_of(spec, z.shape[1]), []).append(row)
+    for way, rows in ways.items():
+        drawn = way(_rows(z, rows), [specs[row] for row in rows], [positions[row] for row in rows]).astype(mx.int32)
+        if len(ways) == 1:
+            tokens = drawn
+        else:
+            tokens[mx.array(rows)] = drawn
     return mx.where(broken, 0, tokens), broken
 
 
-def noise(specs: Sequence[SampleSpec], positions: Sequence[int], vocab_size: int) -> mx.array:
-    """Gumbel noise float32 [rows, vocabulary]; bit for bit the words of `cortexstream.sampling.noise`."""
+def _way_of(spec: SampleSpec, vocab_size: int) -> Way:
+    if spec.temperature == 0.0:
+        return _greedy
+    return _draw_filtered if spec.filtered(vocab_size) else _draw_by_blocks
+
+
+def _greedy(z: mx.array, specs: Sequence[SampleSpec], positions: Sequence[int]) -> mx.array:
+    return mx.argmax(z, axis=-1)
+
+
+def _draw_filtered(z: mx.array, specs: Sequence[SampleSpec], positions: Sequence[int]) -> mx.array:
+    return mx.argmax(_keep(_tempered(z, specs), specs) + noise(specs, positions, z.shape[1]), axis=-1)
+
+
+def _draw_by_blocks(z: mx.array, specs: Sequence[SampleSpec], positions: Sequence[int]) -> mx.array:
+    """As `cortexstream.sampling.draw_by_blocks` has it."""
+    scores = _tempered(z, specs)
+    left = -scores.shape[1] % BLOCK
+    padded = mx.pad(scores, ((0, 0), (0, left)), constant_values=-mx.inf) if left else scores
+    blocks = padded.reshape(len(specs), -1, BLOCK)
+    sums = mx.logsumexp(blocks, axis=-1)
+    found = noise(specs, positions, noise_count(z.shape[1]), BLOCKS)
+    best = mx.argmax(sums + found[:, BLOCK:], axis=-1)
+    places = mx.take_along_axis(blocks, best[:, None, None], axis=1)[:, 0] + found[:, :BLOCK]
+    return best * BLOCK + mx.argmax(places, axis=-1)
+
+
+def noise(specs: Sequence[SampleSpec], positions: Sequence[int], count: int, kind: int = TOKENS) -> mx.array:
+    """Gumbel noise float32 [rows, count]; bit for bit the words of `cortexstream.sampling.noise`."""
     keys = [
         [s.seed & WORD for s in specs], [s.seed >> 32 & WORD for s in specs], list(positions),
         [s.sample_index for s in specs],
     ]  # fmt: skip
     low, high, c1, c2 = (mx.array(np.array(key, dtype=np.uint64))[:, None] for key in keys)
-    c0 = mx.arange(-(-vocab_size // 4), dtype=mx.uint64)[None]
-    c3 = mx.zeros((1, 1), mx.uint64)
+    c0 = mx.arange(-(-count // 4), dtype=mx.uint64)[None]
+    c3 = mx.full((1, 1), kind, mx.uint64)
     word, shift = mx.array(WORD, mx.uint64), mx.array(32, mx.uint64)
     m0, m1, w0, w1 = (mx.array(v, mx.uint64) for v in (*PHILOX_M, *PHILOX_W))
     for _ in range(PHILOX_ROUNDS):
@@ -55,7 +89,7 @@ def noise(specs: Sequence[SampleSpec], positions: Sequence[int], vocab_size: int
         c0, c2 = (p1 >> shift) ^ (c1 ^ low), (p0 >> shift) ^ (c3 ^ high)
         c1, c3 = p1 & word, p0 & word
         low, high = (low + w0) & word, (high + w1) & word
-    bits = mx.stack([c.astype(mx.uint32) for c in (c0, c1, c2, c3)], axis=-1).reshape(len(specs), -1)[:, :vocab_size]
+    bits = mx.stack([c.astype(mx.uint32) for c in (c0, c1, c2, c3)], axis=-1).reshape(len(specs), -1)[:, :count]
     u = bits.astype(mx.float32) * 2.0**-32 + 2.0**-33
     return -mx.log(-mx.log1p(-mx.minimum(u, 1 - 2.0**-24)))
 
@@ -63,6 +97,10 @@ def noise(specs: Sequence[SampleSpec], positions: Sequence[int], vocab_size: int
 def log_softmax(logits: mx.array) -> mx.array:
     """Natural log of the raw distribution, float32 [rows, vocabulary]."""
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _tempered(z: mx.array, specs: Sequence[SampleSpec]) -> mx.array:
+    return z / _column([spec.temperature for spec in specs])
 
 
 def _column(values: Sequence[float]) -> mx.array:
@@ -135,7 +173,8 @@ def _pairs(rows: Sequence[int], tokens: Sequence[tuple[int, ...]]) -> tuple[mx.a
 def _keep(z: mx.array, specs: Sequence[SampleSpec]) -> mx.array:
     if any(spec.min_p > 0.0 for spec in specs):
         floor = _column([float(np.float32(np.log(s.min_p))) if s.min_p > 0.0 else -np.inf for s in specs])
-        z = mx.where(z >= mx.max(z, axis=-1, keepdims=True) + floor, z, -mx.inf)
+        floor = mx.where(floor > -mx.inf, mx.max(z, axis=-1, keepdims=True) + floor, floor)  # not inf - inf
+        z = mx.where(z >= floor, z, -mx.inf)
     cut = [row for row, spec in enumerate(specs) if spec.top_p < 1.0 or 0 < spec.top_k < z.shape[1]]
     if not cut:
         return z

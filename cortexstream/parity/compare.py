@@ -127,9 +127,9 @@ def divergence(recorded: Step, drawn: Step) -> float:
 def margin(trial: Trial, number: int, drawn: Step, vocab_size: int) -> float:
     """By how much the token that was drawn on one side lost on the other, in logprobs; of the two sides the larger.
 
-    The score that decides a draw is logprob / temperature + noise (`cortexstream.sampling`), and the logprob alone at
-    temperature 0. A token that a side does not list has at most the logprob of the last one listed, so this is a lower
-    bound too.
+    The score that decides a draw is logprob / temperature + noise (`cortexstream.sampling`; trials have a threshold),
+    and the logprob alone at temperature 0. A token that a side does not list has at most the logprob of the last one
+    listed, so this is a lower bound too.
     """
     recorded = trial.steps[number]
     position = len(trial.token_ids) + number

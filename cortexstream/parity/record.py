@@ -1,6 +1,6 @@
 """The file of a record: JSON, with a checksum over everything in it.
 
-    {"format": "cortexstream-parity-1",
+    {"format": "cortexstream-parity-2",
      "sha256": of the compact JSON of "record", its keys sorted,
      "record": {"origin": {...}, "fingerprint": {...}, "vocab_size": ..., "trials": [{...}, ...]}}
 
@@ -22,7 +22,7 @@ from cortexstream.parity.bounds import BOUNDS
 from cortexstream.parity.fingerprint import Fingerprint
 from cortexstream.parity.trial import Trial
 
-FORMAT = "cortexstream-parity-1"
+FORMAT = "cortexstream-parity-2"
 AGAIN = "make it again with --record"
 
 

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 from cortexstream.request import MAX_LOGPROBS, SamplingParams
 
 TOP_TOKENS = MAX_LOGPROBS  # as many as a request may ask for
+MIN_P = (
+    1e-6  # leaves next to all, and with it every token has noise of its own: a draw is decided by two tokens' scores
+)
 DECIMALS = 7  # of a logprob in a file: a thousandth of the smallest bound
 
 
@@ -39,8 +42,9 @@ class Trial:
     def sampling(self, max_tokens: int) -> SamplingParams:
         """What makes so many steps of this trial; nothing ends them early."""
         return SamplingParams(
-            temperature=self.temperature, seed=self.seed, max_tokens=max_tokens, ignore_eos=True, logprobs=TOP_TOKENS
-        )
+            temperature=self.temperature, min_p=MIN_P, seed=self.seed, max_tokens=max_tokens, ignore_eos=True,
+            logprobs=TOP_TOKENS,
+        )  # fmt: skip
 
     def as_json(self) -> dict[str, Any]:
         """Columns in place of one object per step: a third of the size."""

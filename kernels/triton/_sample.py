@@ -1,10 +1,11 @@
 """The kernels that `sample` starts, and what they are made of.
 
-A row's vocabulary is cut into splits of a fixed number of tokens. `scan_kernel` takes a split to its best token and
-`draw_kernel` merges a row's splits: two launches. For rows with filters two more come between them. `survey_kernel`
-counts a split's tokens by their distance to the row's largest score, and `list_kernel` writes down those that may be
-kept, of all splits, in the order of their ids. `draw_kernel` then finds the thresholds among these few. No sort is
-needed: it narrows a bracket of floats, taken as ordered integers, until one token or one float is left in it.
+A row's vocabulary is cut into splits of a fixed number of tokens. `scan_kernel` takes a split to its best token, or
+to the token that its best block draws, and `draw_kernel` merges a row's splits: two launches. For rows with filters two
+more come between them. `survey_kernel` counts a split's tokens by their distance to the row's largest score, and
+`list_kernel` writes down those that may be kept, of all splits, in the order of their ids. `draw_kernel` then finds the
+thresholds among these few. No sort is needed: it narrows a bracket of floats, taken as ordered integers, until one
+token or one float is left in it.
 
 All sums have a fixed order, so that a row's result is the same bits in any batch.
 """
@@ -20,6 +21,8 @@ NEGATIVE = tl.constexpr(float("-inf"))
 POSITIVE = tl.constexpr(float("inf"))
 BINS = tl.constexpr(64)  # of distances to the largest score
 BINS_PER_UNIT = tl.constexpr(2.0)
+BLOCK_IDS = tl.constexpr(128)  # token ids of a block
+OF_TOKENS, OF_BLOCKS = tl.constexpr(0), tl.constexpr(1)  # kinds of noise
 WAYS = tl.constexpr(8)  # thresholds that are tried at a time
 SLACK = tl.constexpr(1e-5)  # of the whole mass: far more than what rounding may add to a tail
 
@@ -38,25 +41,25 @@ def gumbel(bits):
 
 
 @triton.jit
-def random_words(rows, r, counter):
+def random_words(rows, r, counter, KIND: tl.constexpr):
     """Four words of Philox-4x32-10 for each counter, for the row's seed, position and index."""
     zero = counter * 0
     position = tl.load(rows.position + r).to(tl.uint32)
     index = tl.load(rows.sample_index + r).to(tl.uint32)
-    return tl.philox(tl.load(rows.seed + r), counter, zero + position, zero + index, zero)
+    return tl.philox(tl.load(rows.seed + r), counter, zero + position, zero + index, zero + KIND)
 
 
 @triton.jit
-def noise_from(rows, r, start, N: tl.constexpr):
-    """Noise [N] of the ids from `start` on, a multiple of 4."""
-    a, b, c, d = random_words(rows, r, (start // 4 + tl.arange(0, N // 4)).to(tl.uint32))
+def noise_from(rows, r, start, N: tl.constexpr, KIND: tl.constexpr):
+    """Noise [N] of the entries from `start` on, a multiple of 4."""
+    a, b, c, d = random_words(rows, r, (start // 4 + tl.arange(0, N // 4)).to(tl.uint32), KIND)
     return gumbel(tl.join(tl.join(a, c), tl.join(b, d)).reshape(N))
 
 
 @triton.jit
-def noise_of(rows, r, ids):
-    """Noise of any ids; four times the work."""
-    a, b, c, d = random_words(rows, r, (ids // 4).to(tl.uint32))
+def noise_of(rows, r, ids, KIND: tl.constexpr):
+    """Noise of any entries; four times the work."""
+    a, b, c, d = random_words(rows, r, (ids // 4).to(tl.uint32), KIND)
     lane = ids % 4
     return gumbel(tl.where(lane < 2, tl.where(lane == 0, a, b), tl.where(lane == 2, c, d)))
 
@@ -109,10 +112,27 @@ def scores(logits, ids, ok, r, rows, tables, V):
 
 
 @triton.jit
+def draw_by_blocks(z, rows, r, s, SPLIT: tl.constexpr):
+    """(largest noisy sum of split s's blocks, the token that this block draws), as `cortexstream.sampling` has it."""
+    COUNT: tl.constexpr = SPLIT // BLOCK_IDS
+    blocks, first = z.reshape(COUNT, BLOCK_IDS), s * COUNT
+    peaks = tl.max(blocks, 1)
+    finite = tl.where(peaks == NEGATIVE, 0.0, peaks)[:, None]
+    below = tl.where(blocks == peaks[:, None], 0.0, blocks - finite)  # 0 where all is -inf, or +inf
+    b, place = tl.arange(0, COUNT), tl.arange(0, BLOCK_IDS)
+    sums = peaks + tl.log(tl.sum(tl.exp(below), 1)) + noise_of(rows, r, first + b + BLOCK_IDS, OF_BLOCKS)
+    best = tl.max(sums, 0)
+    chosen = tl.min(tl.where(sums == best, b, COUNT - 1), 0)
+    drawn = tl.max(tl.where(b[:, None] == chosen, blocks, NEGATIVE), 0) + noise_from(rows, r, 0, BLOCK_IDS, OF_BLOCKS)
+    return best, (first + chosen) * BLOCK_IDS + tl.min(tl.where(drawn == tl.max(drawn, 0), place, BLOCK_IDS - 1), 0)
+
+
+@triton.jit
 def scan_kernel(
     logits, rows, tables, partial, V, SPLIT: tl.constexpr, FILTERS: tl.constexpr, LOGPROBS: tl.constexpr
 ):  # fmt: skip
-    """Grid (splits, rows). A split's best score and its id, with noise unless the row is greedy or has filters.
+    """Grid (splits, rows). A split's best score and its id; of a row that draws from all tokens, the best block's noisy
+    sum and what that block draws.
 
     NaN for a best score says that a logit is NaN or +inf.
     """
@@ -131,9 +151,11 @@ def scan_kernel(
         if FILTERS:
             noisy = noisy & (is_filtered(rows, r, V) == 0)
         if noisy:
-            z += noise_from(rows, r, s * SPLIT, SPLIT)
-        best = tl.max(z, 0)
-        tl.store(partial.ids + out, tl.min(tl.where(z == best, ids, V), 0))
+            best, token = draw_by_blocks(tl.where(z == z, z, NEGATIVE), rows, r, s, SPLIT)
+        else:
+            best = tl.max(z, 0)
+            token = tl.min(tl.where(z == best, ids, V), 0)
+        tl.store(partial.ids + out, token)
         bad = tl.max(((x != x) | (x == POSITIVE)).to(tl.int32), 0)
         tl.store(partial.best + out, tl.where(bad != 0, float("nan"), best))
 

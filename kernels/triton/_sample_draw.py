@@ -10,6 +10,7 @@ from cortexstream.kernels.triton._sample import (
     BINS_PER_UNIT,
     FINITE,
     NEGATIVE,
+    OF_TOKENS,
     WAYS,
     candidates,
     distance,
@@ -101,10 +102,10 @@ def draw_filtered(
         z, key = candidates(logits, i, count, listed, r, rows, tables, partial, V, CAPACITY)
         if listed:
             ids = tl.load(partial.list_ids + r * CAPACITY + i, mask=i < count, other=0)
-            drawn = z + noise_of(rows, r, ids)
+            drawn = z + noise_of(rows, r, ids, OF_TOKENS)
         else:
             ids = i
-            drawn = z + noise_from(rows, r, start, BLOCK)
+            drawn = z + noise_from(rows, r, start, BLOCK, OF_TOKENS)
         drawn = tl.where(key >= lo, drawn, NEGATIVE)
         most = tl.max(drawn, 0)
         if most > best:  # the ids rise: of equals the lowest stays

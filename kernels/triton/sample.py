@@ -21,7 +21,7 @@ COUNT_TYPES = (torch.int16, torch.int32)
 class Config(NamedTuple):
     """Tiles of the kernels, in tokens."""
 
-    split: int  # of the vocabulary; int16 must hold it
+    split: int  # of the vocabulary, whole blocks of `sampling.BLOCK`; int16 must hold it
     split_warps: int
     group: int  # splits whose bins a program adds at a time
     capacity: int  # of a row's list; rows with more candidates are searched whole, by one program

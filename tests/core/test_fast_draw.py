@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cortexstream import sampling
 from cortexstream.backends.common.draw import draw_rows
-from cortexstream.backends.common.fast_draw import BLOCKS, NOTHING, REACH, SMALL, draw, penalise
+from cortexstream.backends.common.fast_draw import NOTHING, STRIPES, draw, penalise
 from cortexstream.constraint import Mask, mask_of
 from cortexstream.plan import SampleSpec
 
@@ -25,7 +25,7 @@ def specs(draw: Any, vocab: int) -> SampleSpec:
     tokens = st.lists(token, max_size=8).map(tuple)
     return SampleSpec(
         temperature=draw(st.sampled_from([0.0, 0.01, 0.3, 0.8, 1.0, 2.0, 40.0])),
-        top_k=draw(st.sampled_from([0, 1, 2, 5, 50, BLOCKS // 2, BLOCKS, vocab, vocab + 3])),
+        top_k=draw(st.sampled_from([0, 1, 2, 5, 50, STRIPES // 2, STRIPES, vocab, vocab + 3])),
         top_p=draw(st.sampled_from([1.0, 1.0, 0.99999999, 0.999, 0.95, 0.5, 1e-6, 1e-46])),
         min_p=draw(st.sampled_from([0.0, 0.0, 1e-30, 0.02, 0.5, 1.0])),
         seed=draw(st.integers(0, 2**64 - 1)), sample_index=draw(st.integers(0, 5)),
@@ -67,7 +67,7 @@ def defined(z: Floats, spec: SampleSpec, position: int) -> int:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@given(data=st.data(), vocab=st.sampled_from([1, 2, 3, 5, 64, 384, 1023, 2 * BLOCKS + 5, SMALL + 1, 9001]))
+@given(data=st.data(), vocab=st.sampled_from([1, 2, 3, 5, 64, 127, 128, 129, 384, 1023, 2 * STRIPES + 5, 9001]))
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_f71_every_token_is_the_definitions(data: Any, vocab: int) -> None:
     count = data.draw(st.integers(1, 5))
@@ -80,7 +80,7 @@ def test_f71_every_token_is_the_definitions(data: Any, vocab: int) -> None:
     np.testing.assert_array_equal(logits, before)
 
 
-@given(data=st.data(), vocab=st.sampled_from([1, 31, 33, 384, SMALL + 3]))
+@given(data=st.data(), vocab=st.sampled_from([1, 31, 33, 384, 4099]))
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_f71_under_a_mask_too(data: Any, vocab: int) -> None:
     """Asked for once; what it leaves may be nothing."""
@@ -122,31 +122,11 @@ def test_f71_a_distribution_whose_nucleus_is_nearly_everything() -> None:
             assert draw(rows, wanted, range(8)).tolist() == [defined(z, spec, n) for n, spec in enumerate(wanted)]
 
 
-def test_f71_a_token_far_below_the_largest_wins_if_its_noise_is_that_large() -> None:
-    """Beside a score of 0 by a little; beside one of 3e8, where floats are 32 apart, as the lower id of equals."""
-    vocab = 100_000
-    position, token = next(
-        (position, int(noise.argmax()))
-        for position in range(1000)
-        if 16.1 < (noise := sampling.noise(3, position, 0, vocab)[:-1]).max()
-    )
-    noise = sampling.noise(3, position, 0, vocab)
-    assert noise[token] - noise[-1] > 15.0
-    for far, largest in ((noise[-1] - noise[token] + 0.01, 0.0), (3e8 - 32, 3e8)):
-        z = np.full(vocab, -3e38, np.float32)
-        z[token], z[-1] = far, largest
-        spec = SampleSpec(temperature=1.0, seed=3)
-        assert draw(z[None], [spec], [position]).tolist() == [defined(z, spec, position)] == [token]
-    # The largest and the smallest noise there are: further below than they are apart no token can win.
-    most, least = sampling.gumbel(np.array([0, 2**32 - 1], np.uint32))
-    assert most - least < REACH - 4.0
-
-
 @pytest.mark.parametrize("k", [1, 2, 5, 40])
 def test_f71_all_of_the_k_likeliest_are_drawn(k: int) -> None:
     """Nearly equal, with others just below, so that each of them must come and no other may."""
     rng = np.random.default_rng(k)
-    z = np.full(3 * BLOCKS + 7, -1.0, np.float32)
+    z = np.full(3 * STRIPES + 7, -1.0, np.float32)
     able = rng.choice(len(z), k, replace=False)
     z[able] = rng.uniform(0.0, 0.01, k)
     spec = SampleSpec(temperature=1.0, top_k=k, seed=2)
@@ -157,7 +137,7 @@ def test_f71_all_of_the_k_likeliest_are_drawn(k: int) -> None:
 
 
 def test_f71_rows_with_the_same_few_candidates_have_noise_of_their_own() -> None:
-    z = np.full(SMALL + 1, -100.0, np.float32)
+    z = np.full(4097, -100.0, np.float32)
     z[8:12] = (0.0, 0.1, 0.2, 0.3)
     for spec in (SampleSpec(temperature=1.0), SampleSpec(temperature=1.0, top_k=3)):
         wanted = [spec._replace(seed=seed) for seed in range(40)]
@@ -169,7 +149,7 @@ def test_f71_rows_with_the_same_few_candidates_have_noise_of_their_own() -> None
 def test_f74_scores_that_overflow(filters: dict[str, float]) -> None:
     """Upwards the first of them is drawn; downwards what does not overflow, and the first token if all do."""
     spec = SampleSpec(temperature=0.01, seed=4, **filters)  # type: ignore[arg-type]
-    for vocab in (64, SMALL + 1):
+    for vocab in (64, 4097):
         up, down, all_down = (np.full(vocab, fill, np.float32) for fill in (1.0, -2e38, -3e38))
         up[[20, 30]], down[40] = (2e38, 3e38), -1.0
         for z, token in ((up, 20), (down, 40), (all_down, 0)):
@@ -178,7 +158,7 @@ def test_f74_scores_that_overflow(filters: dict[str, float]) -> None:
 
 def test_f72_penalties_that_change_which_token_is_the_largest() -> None:
     rng = np.random.default_rng(6)
-    for vocab in (20, SMALL + 9):
+    for vocab in (20, 4105):
         for number in range(60):
             z = (3 * rng.standard_normal(vocab)).astype(np.float32)
             best = np.argsort(-z)[:4].tolist()

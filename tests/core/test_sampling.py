@@ -10,7 +10,19 @@ import numpy.typing as npt
 import pytest
 
 from cortexstream.plan import SampleSpec
-from cortexstream.sampling import bias, draw, keep, log_softmax, noise, penalise, philox, top_logprobs
+from cortexstream.sampling import (
+    BLOCKS,
+    bias,
+    draw,
+    in_blocks,
+    keep,
+    log_softmax,
+    log_sums,
+    noise,
+    penalise,
+    philox,
+    top_logprobs,
+)
 
 Floats = npt.NDArray[np.float32]
 
@@ -50,13 +62,14 @@ def test_philox_counters_are_independent_lanes() -> None:
     assert len({int(w) for w in together[0][:3]}) == 3
 
 
-def test_noise_is_gumbel_of_the_documented_bits() -> None:
-    """Lane id % 4 of counter (id // 4, position, index, 0), in Python's own floats."""
+@pytest.mark.parametrize("kind", [0, 1])
+def test_noise_is_gumbel_of_the_documented_bits(kind: int) -> None:
+    """Lane i % 4 of counter (i // 4, position, index, kind), in Python's own floats."""
     seed, position, index = 0x0123456789ABCDEF, 77, 3
-    got = noise(seed, position, index, 11)
+    got = noise(seed, position, index, 11, kind)
     assert got.dtype == np.float32 and got.shape == (11,)
     for token in range(11):
-        words = philox(seed, tuple(np.array([w], np.uint32) for w in (token // 4, position, index, 0)))  # type: ignore[arg-type]
+        words = philox(seed, tuple(np.array([w], np.uint32) for w in (token // 4, position, index, kind)))  # type: ignore[arg-type]
         u = (int(words[token % 4][0]) + 0.5) / 2**32
         assert got[token] == pytest.approx(-math.log(-math.log1p(-u)), rel=2e-5, abs=2e-6)
 
@@ -66,6 +79,7 @@ def test_noise_depends_on_every_part_of_its_key_and_on_nothing_else() -> None:
     np.testing.assert_array_equal(base, noise(1, 2, 3, 16))
     for other in ((2, 2, 3), (1 << 32 | 1, 2, 3), (1, 3, 3), (1, 2, 4)):
         assert (noise(*other, 16) != base).all()
+    assert (noise(1, 2, 3, 16, BLOCKS) != base).all()
     for vocab_size in (1, 3, 5, 13, 15):  # a prefix: the vocabulary's size does not matter, nor that 4 divides it
         np.testing.assert_array_equal(noise(1, 2, 3, vocab_size), base[:vocab_size])
 
@@ -87,6 +101,52 @@ def test_noise_over_positions_is_distributed_as_gumbel() -> None:
     values = np.sort(np.array([noise(4, position, 0, 1)[0] for position in range(n)], np.float64))
     distance = np.abs(np.exp(-np.exp(-values)) - (np.arange(n) + 0.5) / n).max()
     assert distance < 1.628 / math.sqrt(n)
+
+
+def by_blocks(z: Floats, seed: int, position: int, index: int) -> int:
+    """The draw without thresholds in Python's own floats: of 128 neighbours each, the block first, then the token."""
+    blocks = [[float(x) for x in z[first : first + 128]] for first in range(0, len(z), 128)]
+    bonus = noise(seed, position, index, 128 + len(blocks), kind=1).astype(np.float64)
+    masses = [sum(math.exp(x) for x in block) for block in blocks]
+    scores = [math.log(m) + bonus[128 + n] if m else -math.inf for n, m in enumerate(masses)]
+    best = scores.index(max(scores))
+    places = [x + bonus[place] for place, x in enumerate(blocks[best])]
+    return 128 * best + places.index(max(places))
+
+
+@pytest.mark.parametrize("vocab_size", [1, 100, 128, 129, 256, 1000, 5000])
+def test_f71_without_thresholds_a_block_is_drawn_and_then_a_token_of_it(vocab_size: int) -> None:
+    rng = np.random.default_rng(vocab_size)
+    drawn = set()
+    for position in range(200):
+        z = (3 * rng.standard_normal(vocab_size)).astype(np.float32)
+        z[rng.random(vocab_size) < rng.choice([0.0, 0.5])] = -np.inf
+        z[rng.integers(vocab_size)] = 0.0
+        spec = SampleSpec(temperature=0.5, seed=7 << 60, sample_index=position % 3)
+        token = draw(z, spec, position)
+        assert token == by_blocks(z / np.float32(0.5), 7 << 60, position, position % 3)
+        assert token == draw(z, spec._replace(top_k=vocab_size), position)  # of all tokens it leaves out none
+        drawn.add(token)
+    assert len(drawn) > min(vocab_size - 1, 80)
+
+
+def test_f71_the_sums_of_blocks() -> None:
+    """log(sum(exp)) in float64, of blocks that are full, cut off, far apart, impossible, or beyond float32."""
+    z = np.random.default_rng(0).uniform(-50, 50, 128 * 6 + 5).astype(np.float32)
+    z[128:256] += np.float32(3e4)
+    z[256:384], z[300] = -np.inf, -1e30
+    z[384:512], z[512 + 9], z[512 + 70] = -np.inf, np.inf, np.inf
+    blocks = in_blocks(z)
+    sums = log_sums(blocks)
+    assert blocks.shape == (7, 128) and sums.dtype == np.float32
+    np.testing.assert_array_equal(blocks.reshape(-1)[: len(z)], z)
+    assert np.isneginf(blocks.reshape(-1)[len(z) :]).all()
+    wide = np.where(np.isneginf(blocks), -1e300, blocks.astype(np.float64))
+    with np.errstate(over="ignore"):
+        for n in (0, 1, 2, 5, 6):
+            peak = wide[n].max()
+            assert sums[n] == pytest.approx(peak + np.log(np.exp(wide[n] - peak).sum()), rel=1e-6, abs=1e-6)
+    assert np.isneginf(sums[3]) and sums[4] == np.inf
 
 
 DOC = np.log(f32(0.4, 0.3, 0.15, 0.1, 0.05))

@@ -11,7 +11,21 @@ import pytest
 
 from cortexstream.backends.common.fast_draw import draw as draw_many
 from cortexstream.plan import SampleSpec
-from cortexstream.sampling import describe, draw, gumbel, keep, log_softmax, philox, process
+from cortexstream.sampling import (
+    BLOCK,
+    BLOCKS,
+    TOKENS,
+    describe,
+    draw,
+    gumbel,
+    in_blocks,
+    keep,
+    log_softmax,
+    log_sums,
+    noise_count,
+    philox,
+    process,
+)
 
 Floats = npt.NDArray[np.float32]
 
@@ -22,11 +36,19 @@ CRITICAL = {1: 15.14, 2: 18.42, 3: 21.11, 4: 23.51, 5: 25.74, 6: 27.86, 7: 29.88
 HISTORY: dict[str, Any] = {"prompt_tokens": (6, 3, 5), "output_tokens": (6, 2, 2, 8)}
 
 
-def draws(spec: SampleSpec) -> npt.NDArray[np.int64]:
+def draws(spec: SampleSpec, logits: Floats = LOGITS) -> npt.NDArray[np.int64]:
     """`draw` for positions 0 .. DRAWS - 1 at once: the same formula with the position as one more axis."""
-    lanes = philox(spec.seed, (np.arange(-(-VOCAB // 4)), np.arange(DRAWS)[:, None], spec.sample_index, 0))
-    bits = np.stack(lanes, axis=2).reshape(DRAWS, -1)[:, :VOCAB]
-    return np.asarray(np.argmax(process(LOGITS, spec) + gumbel(bits), axis=1))
+    z = process(logits, spec)
+    if spec.filtered(len(z)):
+        return np.asarray(np.argmax(z + noises(spec, len(z), TOKENS), axis=1))
+    blocks, found = in_blocks(z), noises(spec, noise_count(len(z)), BLOCKS)
+    best = np.argmax(log_sums(blocks) + found[:, BLOCK:], axis=1)
+    return np.asarray(best * BLOCK + np.argmax(blocks[best] + found[:, :BLOCK], axis=1))
+
+
+def noises(spec: SampleSpec, count: int, kind: int) -> Floats:
+    lanes = philox(spec.seed, (np.arange(-(-count // 4)), np.arange(DRAWS)[:, None], spec.sample_index, kind))
+    return gumbel(np.stack(lanes, axis=2).reshape(DRAWS, -1)[:, :count])
 
 
 def chances(spec: SampleSpec) -> npt.NDArray[np.float64]:
@@ -79,6 +101,20 @@ def test_f71_f72_draws_follow_the_distribution(spec: SampleSpec, survivors: int)
     assert draw_many(np.tile(LOGITS, (len(some), 1)), [spec] * len(some), some).tolist() == drawn[some].tolist()
     assert np.count_nonzero(p) == survivors
     assert statistic(np.bincount(drawn, minlength=VOCAB), p) < CRITICAL[survivors - 1]
+
+
+@pytest.mark.parametrize(("temperature", "error"), [(1.0, 0.0), (0.6, 0.0), (2.5, 0.0), (1.0, 0.05)])
+def test_f71_draws_from_several_blocks_follow_the_distribution(temperature: float, error: float) -> None:
+    """Ten tokens of a larger vocabulary, in blocks of four, none, one, two and three; with one that is off, not."""
+    ids = np.array([0, 1, 64, 127, 256, 384, 500, 512, 600, 639])
+    wide = np.full(640, -np.inf, np.float32)
+    wide[ids] = LOGITS + np.where(np.arange(VOCAB) == 6, np.float32(error), np.float32(0))
+    spec = SampleSpec(temperature=temperature, seed=21)
+    drawn = draws(spec, wide)
+    some = range(50_000, 51_000)
+    assert draw_many(np.tile(wide, (len(some), 1)), [spec] * len(some), some).tolist() == drawn[some].tolist()
+    found = statistic(np.bincount(np.searchsorted(ids, drawn), minlength=VOCAB), chances(spec))
+    assert set(drawn.tolist()) == set(ids.tolist()) and (found > CRITICAL[9]) == (error > 0)
 
 
 def test_f71_greedy_draws_are_exact() -> None:

@@ -41,8 +41,21 @@ def by_torch(logits: Floats, specs: Sequence[SampleSpec], positions: Sequence[in
     return _lists(tokens, broken)
 
 
+def by_host(logits: Floats, specs: Sequence[SampleSpec], positions: Sequence[int]) -> tuple[list[int], list[bool]]:
+    torch = require("torch")
+    require("transformers")
+    from cortexstream.backends.cuda.host_sample import draw
+
+    return _lists(*draw(torch.from_numpy(logits.copy()), specs, positions, [None] * len(specs)))
+
+
 def _lists(tokens: Any, broken: Any) -> tuple[list[int], list[bool]]:
     return tokens.tolist(), broken.tolist()
 
 
-SAMPLERS: dict[str, Sampler] = {"numpy": by_numpy, "mlx": by_mlx, "torch": by_torch}
+SAMPLERS: dict[str, Sampler] = {
+    "numpy": by_numpy,
+    "mlx": by_mlx,
+    "torch": by_torch,
+    "torch, host": by_host,
+}

@@ -124,6 +124,19 @@ def test_f74_edge_cases(sampler: Sampler, name: str, spec: SampleSpec) -> None:
         assert set(found) == {min(able)}  # the lowest id of equals
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_f73_f74_scores_that_overflow_beside_rows_of_every_kind(sampler: Sampler) -> None:
+    """The first score that overflows is drawn, unless it is banned, whatever the neighbours' thresholds."""
+    logits = np.repeat(f32(-4e35, 2e35, 4e35, -1e35, 3e35), 6, axis=0)
+    cold = SampleSpec(temperature=1e-3, seed=3, banned=(0,))
+    kinds = [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}, {"top_k": 3, "top_p": 0.9}, {"banned": (0, 2)}]
+    specs = [cold._replace(**kind) for kind in kinds]  # type: ignore[arg-type]
+    expected = [sampling.draw(logits[0], spec, 3) for spec in specs]
+    assert expected == [2, 2, 2, 2, 2, 4]
+    assert sampler(logits, specs, [3] * 6) == (expected, [False] * 6)
+    assert [sampler(logits[:1], [spec], [3])[0][0] for spec in specs] == expected
+
+
 def test_f74_a_broken_row_harms_no_other(sampler: Sampler) -> None:
     logits, specs, positions = random_rows(9, 50)
     good, _ = sampler(logits, specs, positions)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cortexstream import LLM
 from cortexstream.backend import BackendOptions, LayerKV, ModelInfo
 from cortexstream.errors import EngineError
 from cortexstream.models import tiny_folder
@@ -68,6 +69,29 @@ def test_pending_is_what_the_slot_drew_and_only_in_the_step_after() -> None:
     assert last.broken.tolist() == [False, False, True, False]
     last.forget()
     assert not last.has(2, 70)
+
+
+def test_p5_what_a_gpu_without_triton_draws_with_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU draws with numpy: here the whole backend draws with torch, histories that end with an unseen token too."""
+    from cortexstream.backends.cuda import host_sample, sample
+    from tests.parity.test_speculation import NGRAM, workload
+
+    prompts, params = workload()
+    asked: list[int] = []
+
+    def draw(*given: Any) -> Any:
+        asked.append(sum(last is not None for last in given[3]))
+        return sample.draw(*given)
+
+    def answers(**options: Any) -> list[list[tuple[Any, ...]]]:
+        with LLM(backend="cuda", backend_options={"device": "cpu"}, num_kv_blocks=120, **options) as llm:
+            found = llm.generate(prompts, params, use_tqdm=False)
+        return [[(c.token_ids, c.text, c.finish_reason) for c in output.outputs] for output in found]
+
+    expected = answers()
+    monkeypatch.setattr(host_sample, "draw", draw)
+    assert answers() == expected and sum(asked) > 20
+    assert answers(speculative_config=NGRAM) == expected
 
 
 def test_the_likeliest_are_in_order_and_ties_go_to_the_lowest_ids() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from cortexstream.parity import BOUNDS, QUANTIZED, Bound, Step, Trial, bound_of, compare
 from cortexstream.parity.compare import divergence, logprob_errors, margin
+from cortexstream.parity.trial import MIN_P
 from cortexstream.plan import SampleSpec
 from cortexstream.sampling import draw, log_softmax, top_logprobs
 
@@ -30,7 +31,7 @@ def step(values: np.ndarray[tuple[int, ...], np.dtype[np.float32]], spec: Sample
 def trial_and_steps(noise: float, temperature: float, count: int = 200) -> tuple[Trial, list[Step]]:
     """A trial, and its steps as a machine draws them whose logits err by up to `noise`."""
     rng = np.random.default_rng(1)
-    spec = SampleSpec(temperature=temperature, seed=5)
+    spec = SampleSpec(temperature=temperature, min_p=MIN_P, seed=5)
     recorded, drawn = [], []
     for number in range(count):
         exact = logits(number)

@@ -14,7 +14,7 @@ from tests.kernels.triton.support import DEVICE, exact, torch
 
 Floats = npt.NDArray[np.float32]
 
-TINY = Config(split=32, split_warps=1, group=2, capacity=12, block=16, block_warps=1)
+TINY = Config(split=128, split_warps=1, group=2, capacity=12, block=16, block_warps=1)
 """Many splits, lists of several blocks, and rows with more candidates than a list holds, in small vocabularies."""
 
 

@@ -27,7 +27,7 @@ from tests.kernels.triton.support import DEVICE, DTYPES, exact, fenced, same, to
     ("vocab", "rows", "dtype", "config"),
     [
         (1, 6, torch.float32, None), (2, 8, torch.float16, None), (97, 56, torch.float32, None),
-        (61, 32, torch.float32, TINY), (97, 16, torch.bfloat16, TINY), (2500, 24, torch.float32, None),
+        (421, 32, torch.float32, TINY), (257, 16, torch.bfloat16, TINY), (2500, 24, torch.float32, None),
         (4096, 12, torch.bfloat16, None), (3000, 20, torch.float32, CONFIGS[80]._replace(capacity=64)),
     ],
     ids=lambda value: "tiny" if value is TINY else "short" if isinstance(value, Config) else str(value),
@@ -46,17 +46,20 @@ def test_p5_f71_draws_are_the_definitions(vocab: int, rows: int, dtype: Any, con
     np.testing.assert_allclose(exact(got.logprobs), want, rtol=2e-6, atol=2e-6)
 
 
-def test_p5_large_noise_keeps_its_last_bits() -> None:
+@pytest.mark.parametrize("kind", [sampling.TOKENS, sampling.BLOCKS])
+def test_p5_large_noise_keeps_its_last_bits(kind: int) -> None:
     """Where the first of two tokens gets the most, the other's logit makes up for it, but for 2e-5 more or less."""
-    noise = np.array([sampling.noise(5, position, 0, 2) for position in range(10**4)])
+    noise = np.array([sampling.noise(5, position, 0, 2, kind) for position in range(10**4)])
     positions = np.argsort(noise[:, 0])[-3:].tolist() * 2
     lead = noise[positions, 0] - noise[positions, 1] + np.repeat(np.array([-2e-5, 2e-5], np.float32), 3)
     logits = torch.from_numpy(np.stack((np.zeros_like(lead), lead), 1)).to(DEVICE)
     rows = parameters([SampleSpec(temperature=1.0, seed=5)] * 6, positions)
-    assert sample(logits, rows, filters=False).tokens.tolist() == [0, 0, 0, 1, 1, 1]
     assert sample(logits, rows._replace(top_k=rows.top_k + 1)).tokens.tolist() == [1] * 6
-    listed = rows._replace(top_p=rows.top_p - 1e-6)
-    assert sample(logits, listed).tokens.tolist() == [0, 0, 0, 1, 1, 1]
+    if kind == sampling.BLOCKS:
+        assert sample(logits, rows, filters=False).tokens.tolist() == [0, 0, 0, 1, 1, 1]
+    else:
+        listed = rows._replace(top_p=rows.top_p - 1e-6)
+        assert sample(logits, listed).tokens.tolist() == [0, 0, 0, 1, 1, 1]
 
 
 MANY = [{"min_p": 0.4}, {"min_p": 0.4, "top_p": 0.7}, {"min_p": 0.4, "top_k": 40}, {"top_p": 0.8}, {"top_k": 50}]
@@ -65,7 +68,7 @@ MANY = [{"min_p": 0.4}, {"min_p": 0.4, "top_p": 0.7}, {"min_p": 0.4, "top_k": 40
 def test_p5_f71_more_candidates_than_a_list_holds() -> None:
     rng = np.random.default_rng(4)
     specs = [SampleSpec(temperature=1.0, seed=seed, **filters) for filters in MANY for seed in range(2)]  # type: ignore[arg-type]
-    numbers = rng.uniform(-2, 0, (len(specs), 90)).astype(np.float32)
+    numbers = rng.uniform(-2, 0, (len(specs), 290)).astype(np.float32)
     positions = [telling_position(z, spec, rng) for z, spec in zip(numbers, specs, strict=True)]
     logits = torch.from_numpy(numbers).to(DEVICE)
     got = sample(logits, parameters(specs, positions), config=TINY)
@@ -169,8 +172,8 @@ def test_f71_pure_temperature_follows_the_distribution() -> None:
 
 
 def test_f71_temperature_0_takes_the_lowest_id_of_equals() -> None:
-    z = torch.full((2, 100), -1.0)
-    z[0, [17, 40, 90]] = 3.0  # in three splits
+    z = torch.full((2, 300), -1.0)
+    z[0, [17, 140, 290]] = 3.0  # in three splits
     z[1, 0], z[1, 1:] = -0.0, 0.0
     got = sample(z.to(DEVICE), parameters([SampleSpec(top_k=1, top_p=0.1, min_p=0.5)] * 2, [0, 0]), config=TINY)
     assert got.tokens.tolist() == [17, 0]
@@ -225,7 +228,7 @@ def test_f72_drawn_tokens_are_counted() -> None:
 
 def test_f73_a_row_is_the_same_bits_in_any_batch() -> None:
     rng = np.random.default_rng(3)
-    rows, vocab = 6, 90
+    rows, vocab = 6, 290
     logits = logits_of(rng, rows, vocab)
     specs = [random_spec(rng, vocab) for _ in range(rows)]
     every, full = parameters(specs, list(range(rows))), tables(specs, vocab)
@@ -237,8 +240,8 @@ def test_f73_a_row_is_the_same_bits_in_any_batch() -> None:
 
 
 def test_f73_rows_without_filters_need_none() -> None:
-    specs = [SampleSpec(temperature=t, seed=s, top_k=99) for s, t in enumerate((0.0, 0.5, 1.0))]
-    logits = logits_of(np.random.default_rng(0), 3, 70)
+    specs = [SampleSpec(temperature=t, seed=s, top_k=999) for s, t in enumerate((0.0, 0.5, 1.0))]
+    logits = logits_of(np.random.default_rng(0), 3, 270)
     rows = parameters(specs, [1, 2, 3])
     got = sample(logits, rows, filters=False, logprobs=True, config=TINY)
     for left, right in zip(got, sample(logits, rows, logprobs=True, config=TINY), strict=True):
@@ -249,12 +252,12 @@ def test_f73_rows_without_filters_need_none() -> None:
 @pytest.mark.parametrize("filters", [{}, {"top_k": 2, "top_p": 0.9, "min_p": 0.1}], ids=["plain", "filters"])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_f74_a_broken_row_is_flagged_and_its_mates_are_unharmed(temperature: float, filters: dict[str, Any]) -> None:
-    vocab = 40
+    vocab = 140
     z = np.random.default_rng(1).standard_normal((9, vocab)).astype(np.float32)
     spec = SampleSpec(temperature=temperature, seed=1, **filters)
     banned = spec._replace(banned=(3, 4))
     specs = [spec, spec, spec, spec, spec, banned, banned._replace(banned=tuple(range(vocab))), spec, spec]
-    z[1, 39], z[2, 0], z[3] = np.nan, np.inf, -np.inf
+    z[1, 139], z[2, 0], z[3] = np.nan, np.inf, -np.inf
     z[5, 3], z[5, 4] = np.nan, np.inf
     z[7], z[7, 21] = -np.inf, -1e6
     z[8] *= 1e6
@@ -292,7 +295,7 @@ def test_p12_padding_rows_are_left_alone_and_may_hold_anything() -> None:
 def test_p12_nothing_beyond_the_tensors_is_read() -> None:
     """In memory that ends where the tensors do; on a GPU the kernel cannot reach it, and this is a plain comparison."""
     specs = [SampleSpec(temperature=1.0, presence_penalty=1.0, top_p=0.9), SampleSpec(temperature=1.0)]
-    logits, full = logits_of(np.random.default_rng(5), 2, 37), tables(specs, 37)
+    logits, full = logits_of(np.random.default_rng(5), 2, 137), tables(specs, 137)
     rows = parameters(specs, [0, 1])
     fence = fenced if DEVICE.type == "cpu" else torch.clone
     got = sample(
