@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from cortexstream.errors import InvalidRequestError
-from cortexstream.generation import Generation
+from cortexstream.generation import Generation, check_request_id
 from cortexstream.llm import LLM
 from cortexstream.outputs import RequestOutput, StreamChunk
 from cortexstream.prompts import Prompt
 from cortexstream.request import SamplingParams
+
+COMPILERS = 4  # grammars at a time
 
 
 class AsyncLLM:
@@ -29,7 +31,10 @@ class AsyncLLM:
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
         self.llm = LLM(model, **options)
-        self._running: dict[str, Generation] = {}
+        self._running: dict[str, Generation | None] = {}  # None: its grammar is being compiled
+        self._aborted: set[str] = set()  # of these
+        # Its own threads: the loop's are the program's, and few.
+        self._compilers = ThreadPoolExecutor(COMPILERS, thread_name_prefix="cortexstream-compile")
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
@@ -47,12 +52,17 @@ class AsyncLLM:
 
     async def abort(self, request_id: str) -> None:
         """End a request; its iterator ends with finish_reason "abort". Unknown ids are left alone."""
-        generation = self._running.get(request_id)
-        if generation is not None:
+        if request_id not in self._running:
+            return
+        generation = self._running[request_id]
+        if generation is None:
+            self._aborted.add(request_id)
+        else:
             generation.cancel()
 
     async def close(self) -> None:
         """End what runs with an error and free the device memory, without blocking the loop. Idempotent."""
+        self._compilers.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.llm.close)
 
     async def __aenter__(self) -> Self:
@@ -66,22 +76,26 @@ class AsyncLLM:
     async def _chunks(
         self, prompt: Prompt, sampling_params: SamplingParams | None, request_id: str | None, merge: bool = False
     ) -> AsyncIterator[tuple[RequestOutput, StreamChunk]]:
-        if request_id is not None and request_id in self._running:
-            raise InvalidRequestError("request_id", f"{request_id!r} is in use by a request that is not finished")
+        params = SamplingParams() if sampling_params is None else sampling_params
+        name = uuid.uuid4().hex if request_id is None else check_request_id(request_id)
+        if name in self._running:
+            raise InvalidRequestError("request_id", f"{name!r} is in use by a request that is not finished")
         loop = asyncio.get_running_loop()
         chunks: asyncio.Queue[StreamChunk] = asyncio.Queue()
 
         def listener(chunk: StreamChunk) -> None:  # on the engine's thread
             loop.call_soon_threadsafe(chunks.put_nowait, chunk)
 
-        params = sampling_params or SamplingParams()
-        request_id = request_id or uuid.uuid4().hex
-        submit = partial(self.llm.submit, prompt, params, request_id=request_id, listener=listener)
-        # A grammar may take seconds to compile; the loop serves others meanwhile.
-        generation = submit() if params.structure is None else await asyncio.to_thread(submit)
-        self._running[generation.request_id] = generation
-        unfinished = params.n
+        self._running[name] = generation = None
+        unfinished = 0
         try:
+            if isinstance(params, SamplingParams) and params.structure is not None:
+                # It may take a second; the loop serves others meanwhile.
+                await asyncio.wrap_future(self._compilers.submit(self.llm.prepare, params))
+            generation = self.llm.submit(prompt, params, request_id=name, listener=listener)
+            self._running[name], unfinished = generation, params.n
+            if name in self._aborted:
+                generation.cancel()
             while unfinished:
                 chunk = await chunks.get()
                 unfinished -= chunk.finish_reason is not None
@@ -92,6 +106,7 @@ class AsyncLLM:
                     continue  # the end is on its way through the queue, and is shown once: then
                 yield output, chunk
         finally:
-            del self._running[generation.request_id]
-            if unfinished:
+            del self._running[name]
+            self._aborted.discard(name)
+            if generation is not None and unfinished:
                 generation.cancel()

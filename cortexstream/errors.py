@@ -41,7 +41,10 @@ class InvalidRequestError(CortexStreamError, ValueError):
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
-        self.field = field
+        self.field, self._message = field, message
+
+    def __reduce__(self) -> tuple[type[InvalidRequestError], tuple[str, str]]:
+        return type(self), (self.field, self._message)  # so that it reaches another process
 
 
 class ModelLoadError(CortexStreamError, ValueError):

@@ -11,13 +11,45 @@ from cortexstream.completion import Completion
 from cortexstream.constraint import Constraint
 from cortexstream.engine import EngineThread
 from cortexstream.engine.core import Sink
-from cortexstream.errors import EngineError
+from cortexstream.errors import EngineError, InvalidRequestError, shown
 from cortexstream.outputs import RequestOutput, StreamChunk
 from cortexstream.request import Request, SamplingParams
 from cortexstream.scheduler import TokenEvent
 from cortexstream.text.tokenizer import Tokenizer
 
 Listener = Callable[[StreamChunk], None]
+
+
+def check_request_id(value: object) -> str:
+    """A label that a caller chose. Raises InvalidRequestError unless it is a text."""
+    if not isinstance(value, str) or not value:
+        raise InvalidRequestError("request_id", f"is {shown(value)}; must be a text of at least one character")
+    return value
+
+
+class Chunks(Iterator[StreamChunk]):
+    """The chunks of a generation with so many completions. Closing it before their end cancels, and so does dropping
+    it, also before the first chunk was asked for."""
+
+    def __init__(self, generation: Generation, chunks: queue.SimpleQueue[StreamChunk], unfinished: int) -> None:
+        self._generation = generation
+        self._chunks = chunks
+        self._unfinished = unfinished
+
+    def __next__(self) -> StreamChunk:
+        if not self._unfinished:
+            raise StopIteration
+        chunk = self._chunks.get()
+        self._unfinished -= chunk.finish_reason is not None
+        return chunk
+
+    def close(self) -> None:
+        if self._unfinished:
+            self._unfinished = 0
+            self._generation.cancel()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class Generation:
@@ -32,6 +64,10 @@ class Generation:
         sampling: SamplingParams, request_id: str | None = None, listener: Listener | None = None,
         constraint: Constraint | None = None,
     ) -> None:  # fmt: skip
+        if request_id is not None:
+            check_request_id(request_id)
+        if listener is not None and not callable(listener):
+            raise InvalidRequestError("listener", f"is {shown(listener)}; must be callable with a StreamChunk")
         self._engine = engine
         self._prompt = prompt
         self._prompt_token_ids = prompt_token_ids
@@ -87,18 +123,7 @@ class Generation:
             if self._listener != self._chunks.put or self._read:
                 raise EngineError("a Generation can be iterated once, and not at all when it has a listener")
             self._read = True
-        return self._iterate()
-
-    def _iterate(self) -> Iterator[StreamChunk]:
-        unfinished = len(self._completions)
-        try:
-            while unfinished:
-                chunk = self._chunks.get()
-                unfinished -= chunk.finish_reason is not None
-                yield chunk
-        finally:
-            if unfinished:
-                self.cancel()
+        return Chunks(self, self._chunks, len(self._completions))
 
     def _sink(self, completion: Completion) -> Sink:
         def take(event: TokenEvent) -> bool:

@@ -48,6 +48,12 @@ def check_request(request: Request, limits: Limits) -> None:
     _check_choice(request, limits)
 
 
+def limit_tokens(request: Request, limits: Limits) -> int:
+    """How many tokens a checked request may have at most, prompt and output together."""
+    most = request.sampling.max_tokens
+    return limits.max_tokens if most is None else min(limits.max_tokens, len(request.prompt_token_ids) + most)
+
+
 def _check_choice(request: Request, limits: Limits) -> None:
     """Raise InvalidRequestError if the request's own bans leave no token to draw."""
     sampling = request.sampling

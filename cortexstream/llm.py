@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from cortexstream import platform, prefix_file
 from cortexstream.backend import BackendInfo, BackendOptions, ModelInfo, WarmupReport
@@ -34,6 +34,15 @@ if TYPE_CHECKING:
     from cortexstream.text.grammar import Grammars
 
 POLL_S = 0.1  # how often a wait looks up, so that an interrupt is noticed
+
+
+class _Checked(NamedTuple):
+    """A prompt and its parameters that can be served."""
+
+    text: str | None
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    constraint: Constraint | None
 
 
 class LLM:
@@ -168,9 +177,17 @@ class LLM:
         `request_id` is a label for the outputs; nothing keeps two from being the same.
         """
         params = SamplingParams() if sampling_params is None else sampling_params
-        generation = self._generation(prompt, params, request_id, listener)
+        generation = self._generation(self._checked(prompt, params), request_id, listener)
         self._engine.add(generation.sinks())
         return generation
+
+    def prepare(self, sampling_params: SamplingParams) -> None:
+        """Compile what these parameters ask of the output's form, if they do, so that later calls find it ready.
+
+        Raises InvalidRequestError if it cannot be met, or is too large.
+        """
+        if sampling_params.structure is not None:
+            self._constraint(sampling_params.structure)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
         """The completion of one prompt, piece by piece; leaving the loop early cancels it."""
@@ -277,19 +294,26 @@ class LLM:
             )
         if len(params) != len(prompts):
             raise InvalidRequestError("sampling_params", f"has {len(params)} items for {len(prompts)} prompts")
-        generations = [self._generation(p, s, None, None) for p, s in zip(prompts, params, strict=True)]
+        checked = [self._checked(prompt, sampling) for prompt, sampling in zip(prompts, params, strict=True)]
+        generations = [self._generation(one) for one in checked]
         self._engine.add([sink for generation in generations for sink in generation.sinks()])
         return generations
 
-    def _generation(
-        self, prompt: Any, sampling: SamplingParams, request_id: str | None, listener: Listener | None
-    ) -> Generation:
+    def _checked(self, prompt: Any, sampling: SamplingParams) -> _Checked:
+        """What can be served. Raises InvalidRequestError; nothing is changed then."""
         if not isinstance(sampling, SamplingParams):
             raise InvalidRequestError("sampling_params", f"is {type(sampling).__name__}; must be SamplingParams")
         if sampling.stop and self.tokenizer is None:
             raise InvalidRequestError("stop", "needs a tokenizer; use stop_token_ids with skip_tokenizer_init")
         text, ids = tokenize(prompt, self.tokenizer)
         constraint = None if sampling.structure is None else self._constraint(sampling.structure)
+        self._engine.check(ids, sampling)
+        return _Checked(text, ids, sampling, constraint)
+
+    def _generation(
+        self, checked: _Checked, request_id: str | None = None, listener: Listener | None = None
+    ) -> Generation:
+        text, ids, sampling, constraint = checked
         return Generation(self._engine, self.tokenizer, text, ids, sampling, request_id, listener, constraint)
 
     def _constraint(self, structure: GrammarSource) -> Constraint:

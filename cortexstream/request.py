@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from cortexstream.constraint import Constraint
 from cortexstream.errors import InvalidRequestError, shown
@@ -33,6 +33,19 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
+class Bias(dict[int, float]):
+    """Token id -> bias, as it was checked: it cannot be changed."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("SamplingParams are not changed once they are made; dataclasses.replace makes others")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[type[Bias], tuple[dict[int, float]]]:
+        return type(self), (dict(self),)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to draw a completion. Names and meanings are vLLM's.
@@ -47,7 +60,7 @@ class SamplingParams:
     """
 
     n: int = 1  # completions per prompt, 1..128
-    max_tokens: int = 256  # at least 1
+    max_tokens: int | None = 256  # at least 1; None: as many as fit
     min_tokens: int = 0  # so many come before any end-of-sequence or stop token, or the end of a stop string
     temperature: float = 1.0  # 0, or 0.001..1000; 0 takes the likeliest token, the lowest id among equals
     top_p: float = 1.0  # (0, 1]
@@ -84,16 +97,17 @@ class SamplingParams:
         put(self, "stop", () if stop is None else _items("stop", stop, str))  # None is what vLLM's callers write
         ids = self.stop_token_ids
         put(self, "stop_token_ids", () if ids is None else _items("stop_token_ids", ids, int))
-        if not isinstance(self.logit_bias, Mapping):
-            raise InvalidRequestError("logit_bias", "must map token ids to numbers")
-        put(self, "logit_bias", {_int("logit_bias", k): _float("logit_bias", v) for k, v in self.logit_bias.items()})
+        bias = {} if self.logit_bias is None else self.logit_bias
+        if not isinstance(bias, Mapping):
+            raise InvalidRequestError("logit_bias", f"is {shown(bias)}; must map token ids to numbers")
+        put(self, "logit_bias", Bias((_int("logit_bias", k), _float("logit_bias", v)) for k, v in bias.items()))
         ids = self.bad_token_ids
         put(self, "bad_token_ids", () if ids is None else _items("bad_token_ids", ids, int))
         if self.allowed_token_ids is not None:
             put(self, "allowed_token_ids", _items("allowed_token_ids", self.allowed_token_ids, int))
         for name in ("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            if value is not None or name not in ("seed", "logprobs", "prompt_logprobs"):
+            if value is not None or name not in ("max_tokens", "seed", "logprobs", "prompt_logprobs"):
                 put(self, name, _int(name, value))
         if self.top_k == -1:
             put(self, "top_k", 0)
@@ -107,7 +121,8 @@ class SamplingParams:
 
     def _check_ranges(self) -> None:
         _in_range("n", self.n, 1, MAX_N)
-        _in_range("max_tokens", self.max_tokens, 1, None)
+        if self.max_tokens is not None:
+            _in_range("max_tokens", self.max_tokens, 1, None)
         _in_range("min_tokens", self.min_tokens, 0, self.max_tokens, "max_tokens")
         _in_range("top_k", self.top_k, 0, None)
         if self.temperature != 0.0 and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
@@ -143,8 +158,7 @@ class SamplingParams:
         """The parameters of `cortexstream.presets.PRESETS[name]`, with changes: preset("creative", max_tokens=99)."""
         if not isinstance(name, str) or name not in PRESETS:
             raise InvalidRequestError("preset", f"is {shown(name)}; must be one of {', '.join(PRESETS)}")
-        values: dict[str, Any] = {**PRESETS[name], **changes}
-        return cls(**values)
+        return cls.from_dict({**PRESETS[name], **changes})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -190,7 +204,12 @@ def _float(name: str, value: Any) -> float:
 def _items(name: str, values: Iterable[Any], kind: type) -> tuple[Any, ...]:
     if isinstance(values, (str, bytes, bytearray, Mapping)) or not isinstance(values, Iterable):
         raise InvalidRequestError(name, f"is {shown(values)}; must be a list of items of type {kind.__name__}")
-    items = tuple(values)
+    try:
+        items = tuple(values)
+    except TypeError:  # numpy calls a single number iterable
+        raise InvalidRequestError(
+            name, f"is {shown(values)}; must be a list of items of type {kind.__name__}"
+        ) from None
     if kind is int:
         plain = set(map(type, items)) <= {int}  # as a long prompt's tokens are: a draft model is asked at every step
         return items if plain else tuple(_int(name, item) for item in items)

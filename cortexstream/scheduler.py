@@ -10,7 +10,7 @@ from typing import NamedTuple
 from cortexstream.errors import ArenaFullError, EngineError, InvalidRequestError
 from cortexstream.kv import KVArena, KVHandle
 from cortexstream.kv.prefix import common_prefix
-from cortexstream.limits import Limits, check_request
+from cortexstream.limits import Limits, check_request, limit_tokens
 from cortexstream.outputs import TokenMetadata
 from cortexstream.plan import PlanRow, RowResult, StepPlan, StepResult, TokenScore
 from cortexstream.request import FinishReason, Request
@@ -108,10 +108,9 @@ class Scheduler:
         if request.id in self._by_id:
             raise InvalidRequestError("request_id", f"{request.id} is in use by a request that is not finished")
         check_request(request, self.limits)
-        limit = min(len(request.prompt_token_ids) + request.sampling.max_tokens, self.limits.max_tokens)
-        sequence = Sequence(
-            request, limit, self.limits.eos_token_ids, self.limits.vocab_size, self.speculation is not None
-        )
+        limits, guesses = self.limits, self.speculation is not None
+        most = limit_tokens(request, limits)
+        sequence = Sequence(request, most, limits.eos_token_ids, limits.vocab_size, guesses)
         self._by_id[request.id] = sequence
         self._dependent += sequence.waits_for_draws
         self._waiting.append(sequence)

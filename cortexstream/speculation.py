@@ -47,8 +47,11 @@ class Drafter(Protocol):
         ...
 
 
+INDEXED_AT_ONCE = 4096  # tokens: some 30 ms of a step, which all rows share
+
+
 class NgramIndex:
-    """Where in a growing list of tokens each n-gram occurred last."""
+    """Where in a growing list of tokens each n-gram occurred last. A long prompt is read over several steps."""
 
     def __init__(self, shortest: int, longest: int) -> None:
         self._lengths = range(longest, shortest - 1, -1)
@@ -59,11 +62,12 @@ class NgramIndex:
         """What followed, up to `count` tokens, where the end of `tokens` occurred before: the longest n-gram, and of
         its occurrences the last one."""
         end = len(tokens)
-        for stop in range(self._indexed + 1, end):  # the end itself must not find itself
+        last = min(end - 1, self._indexed + INDEXED_AT_ONCE)  # the end itself must not find itself
+        for stop in range(self._indexed + 1, last + 1):
             for n in self._lengths:
                 if n <= stop:
                     self._after[tuple(tokens[stop - n : stop])] = stop
-        self._indexed = max(self._indexed, end - 1)
+        self._indexed = max(self._indexed, last)
         for n in self._lengths:
             if n <= end and (place := self._after.get(tuple(tokens[end - n :]))) is not None:
                 return tuple(tokens[place : place + count])

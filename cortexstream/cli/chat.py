@@ -118,7 +118,9 @@ class Talk:
     def _answer(self, text: str) -> None:
         """Stream the answer; the turn is kept once it has begun, however far it came."""
         conversation = self._conversation
-        answer_tokens = min(self._sampling.max_tokens, conversation.limit_tokens // ANSWER_SHARE)
+        answer_tokens, most = conversation.limit_tokens // ANSWER_SHARE, self._sampling.max_tokens
+        if most is not None:
+            answer_tokens = min(answer_tokens, most)
         fit = conversation.fit(text, answer_tokens)
         started = perf_counter()
         generation = self._llm.submit({"prompt_token_ids": fit.token_ids}, self._sampling)

@@ -140,8 +140,9 @@ def check_pools(llm: LLM, steps: int) -> dict[str, Any]:
     steps = min(steps, llm.limits.max_tokens - 1)
     before, steps_before = addresses(), llm.stats().steps
     longest = llm.submit([0], SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True))
-    brief = SamplingParams(temperature=0, max_tokens=max(1, steps // 8), ignore_eos=True)
-    joining = [[0] * length for length in (1, 5, 17) if length + brief.max_tokens <= llm.limits.max_tokens]
+    few = max(1, steps // 8)
+    brief = SamplingParams(temperature=0, max_tokens=few, ignore_eos=True)
+    joining = [[0] * length for length in (1, 5, 17) if length + few <= llm.limits.max_tokens]
     while joining and not longest.done:
         llm.generate(joining, brief, use_tqdm=False)
     failed = longest.result().outputs[0].error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,6 +15,8 @@ from cortexstream.errors import EngineError, InvalidRequestError
 from cortexstream.request import Request, SamplingParams
 from cortexstream.scheduler import TokenEvent
 from cortexstream.speculation import Ask, NgramDrafter
+
+log = logging.getLogger("cortexstream")
 
 
 def make_core(backend: Backend, config: EngineConfig, draft: Backend | None = None) -> EngineCore:
@@ -41,7 +44,10 @@ def make_core(backend: Backend, config: EngineConfig, draft: Backend | None = No
     mine, its = split(backend, draft, config)
     # Prefixes must be kept: each proposal goes on from the one before.
     its = replace(its, model=asked.model, enable_prefix_caching=True, speculative_config=None, swap_memory=0)
-    return EngineCore(backend, mine, ModelDrafter(EngineCore(draft, its), asked.num_speculative_tokens))
+    drafting = EngineCore(draft, its)
+    core = EngineCore(backend, mine, ModelDrafter(drafting, asked.num_speculative_tokens))
+    core.notes += tuple(f"draft model: {note}" for note in draft.info.notes + drafting.notes)
+    return core
 
 
 class ModelDrafter:
@@ -57,22 +63,31 @@ class ModelDrafter:
         self._core = core
         self._ids = itertools.count()
         self._params: dict[tuple[int, int], SamplingParams] = {}  # (sequence, count) -> how to draft
+        self._given_up: set[int] = set()  # sequences for which it could not draw
+        self._told = False
 
     def propose(self, asks: Sequence[Ask]) -> list[tuple[int, ...]]:
-        """Where its own logits are no numbers it guesses nothing. Raises EngineError when its device fails."""
+        """Where its own logits are no numbers it guesses nothing, and is not asked again. Raises EngineError when its
+        device fails."""
         drafts: list[list[int]] = [[] for _ in asks]
-        errors: list[str] = []
+        errors: dict[int, str] = {}  # by sequence
         failed = self._core.failed_steps
         for draft, ask in zip(drafts, asks, strict=True):
-            self._ask(ask, draft, errors)
+            if ask.sequence.id not in self._given_up:
+                self._ask(ask, draft, errors)
         self._core.run()
         if self._core.failed_steps != failed:
-            raise EngineError(f"the draft model failed: {errors[0]}")
+            raise EngineError(f"the draft model failed: {next(iter(errors.values()))}")
+        self._given_up |= errors.keys()
+        if errors and not self._told:
+            self._told = True
+            log.warning("the draft model cannot guess for some requests: %s", next(iter(errors.values())))
         return [tuple(draft) for draft in drafts]
 
     def forget(self, seq_id: int) -> None:
         for key in [key for key in self._params if key[0] == seq_id]:
             del self._params[key]
+        self._given_up.discard(seq_id)
 
     def warmup(self, prompt_tokens: int, batch: int) -> WarmupReport:
         longest = max(1, self._core.limits.max_tokens - 3)
@@ -82,14 +97,14 @@ class ModelDrafter:
     def close(self) -> None:
         self._core.close()
 
-    def _ask(self, ask: Ask, draft: list[int], errors: list[str]) -> None:
+    def _ask(self, ask: Ask, draft: list[int], errors: dict[int, str]) -> None:
         """Queue a request whose tokens go to `draft`; none if the draft model's context is too short for it."""
 
         def take(event: TokenEvent) -> bool:
             if event.token is not None:
                 draft.append(event.token)
             if event.error is not None:
-                errors.append(event.error)
+                errors[sequence.id] = event.error
             return False
 
         sequence = ask.sequence

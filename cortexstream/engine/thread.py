@@ -59,18 +59,21 @@ class EngineThread:
             core.backend.info, core.backend.model, core.limits, core.kv_bytes, core.backend.info.notes + core.notes,
         )  # fmt: skip
 
+    def check(self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams) -> None:
+        """Raise InvalidRequestError if such a request can never be served. Nothing is numbered: what is refused does
+        not change the seeds of what comes after it."""
+        check_request(Request(-1, prompt_token_ids, sampling, seed=0), self.limits)
+
     def request(
         self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams, index: int = 0,
         constraint: Constraint | None = None,
     ) -> Request:  # fmt: skip
-        """A new request, numbered and with its seed resolved; raises InvalidRequestError if it can never be served."""
+        """A new request of what was checked, numbered and with its seed resolved."""
         number = next(self._ids)
         seed = sampling.seed
         if seed is None:
             seed = (self._seed * SPLITMIX + (number + 1) * 0xD1B54A32D192ED03) & (2**64 - 1)
-        request = Request(number, prompt_token_ids, sampling, seed, index, constraint=constraint)
-        check_request(request, self.limits)
-        return request
+        return Request(number, prompt_token_ids, sampling, seed, index, constraint=constraint)
 
     def add(self, requests: list[tuple[Request, Sink]]) -> None:
         """Queue requests together: they can share the very next step."""

@@ -9,26 +9,26 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from cortexstream.constraint import Constraint, Mask, mask_of
+from cortexstream.constraint import Constraint
 from cortexstream.errors import ConstraintError, InvalidRequestError
 from cortexstream.structured import GrammarSource
+from cortexstream.text.grammar_state import CompiledGrammar, one_line
 from cortexstream.text.grammar_tokens import GrammarTokens
+from cortexstream.text.schema import enforceable
 from cortexstream.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-CACHED = 128  # compiled grammars
-MAX_REASON = 300  # characters of the library's words in an error
+CACHED = 64  # compiled grammars; the largest hold some 20 MB
 # The compiler recurses along rules and references; 64 KiB of them need less than half of this.
 STACK_BYTES = 128 * 2**20
 LEXER_STATES = 100_000  # of one completion; 1 to 2 kB each
-ITEMS = 10_000  # of the parser, for one mask: an ambiguous grammar has ever more, and others wait for its masks
+LEXER_FUEL = 200_000, 100_000  # expressions that the lexer makes at first, and for a mask; a fifth, and half, of usual
+ITEMS = 10_000  # of the parser, for one mask
 SYMBOLS = 10_000  # a schema of 64 KiB has about so many; a mask's time may grow with their square
 # One line with at most one space after "," and ":", as people and json.dumps write it. Where white space is free, a
 # model may write nothing else for ever.
@@ -41,7 +41,6 @@ JSON_OPTIONS = {
 }
 ANY_OBJECT = '{"type":"object"}'
 ASCII_CLASSES = "dw"  # \d and \w, as in a schema's patterns: what reads the output may know an older Unicode, or none
-GOING_ON = ("NotStopped", "NoExtension", "NoExtensionBias")
 META = re.compile(r"[\\.+*?()|\[\]{}^$#&~/-]")  # what a regular expression would not take literally
 
 
@@ -53,10 +52,12 @@ class Grammars:
     for one thing: tokenizers that drop a space at the start of a text do so here, too, after a prompt without text.
 
     JSON is written on one line, with at most one space after a comma or a colon, properties in the schema's order.
-    Schemas follow draft 2020-12. Nothing of a schema is ignored: a keyword or format that cannot be enforced is an
-    error. Two things remain: names that a schema does not list may come twice in an object, and numbers are compared as
-    written. Regular expressions have the syntax and meaning of Rust's regex crate, with \\d and \\w in ASCII and no
-    word boundaries; the whole output must match.
+    Schemas follow draft 2020-12. Nothing of a schema is ignored: a keyword, format or number that cannot be enforced is
+    an error (`cortexstream.text.schema`; inside of Lark's %json that is the library's affair). Two things remain: names
+    that a schema does not list may come twice in an object, and numbers are compared as written. That a form has no end
+    is noticed when it is too late. Lark grammars should repeat to the left: 2000 items of the parser may be open.
+    Regular expressions have the syntax and meaning of Rust's regex crate, with \\d and \\w in ASCII and no word
+    boundaries; the whole output must match.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
@@ -64,26 +65,48 @@ class Grammars:
         self._vocab_size = vocab_size
         self._eos = frozenset(token for token in eos_token_ids if 0 <= token < vocab_size)
         self._tokens: LLTokenizer | None = None
-        self._compiled: OrderedDict[GrammarSource, Constraint] = OrderedDict()
+        self._compiled: OrderedDict[GrammarSource, CompiledGrammar] = OrderedDict()
+        self._making: dict[GrammarSource, Future[CompiledGrammar]] = {}
         self._lock = threading.Lock()
 
     def compile(self, source: GrammarSource) -> Constraint:
-        """Ready for use; the last `CACHED` are kept. Takes milliseconds, for the largest grammars seconds, and the
-        first call up to a second more.
+        """Ready for use; the last `CACHED` are kept, and who asks for one that is being compiled gets that one. Takes
+        milliseconds, for the largest grammars a second, and the first call up to a second more.
 
         Raises InvalidRequestError, with the field it came from, if the grammar is wrong, too complex or accepts
         nothing, if the tokenizer's bytes are not known, or if llguidance is not installed.
         """
         with self._lock:
+            for failed in [key for key, grammar in self._compiled.items() if grammar.failed]:
+                del self._compiled[failed]  # it holds all that made it fail
             found = self._compiled.get(source)
             if found is not None:
                 self._compiled.move_to_end(source)
                 return found
+            making = self._making.get(source)
+            if making is None:
+                mine = self._making[source] = Future()
+        if making is not None:
+            return making.result()
+        try:
+            made = self._make(source)
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        else:
+            mine.set_result(made)
+            return made
+        finally:
+            with self._lock:
+                del self._making[source]
+
+    def _make(self, source: GrammarSource) -> CompiledGrammar:
+        with self._lock:
             if self._tokens is None:
                 self._tokens = self._read_tokens(source.field)
             tokens = self._tokens
         try:
-            made = _Grammar(_compiled(tokens, source), self._vocab_size, self._eos)
+            made = CompiledGrammar(_compiled(tokens, source), self._vocab_size, self._eos)
         except ConstraintError as error:
             raise InvalidRequestError(source.field, f"cannot be used: {error}") from error
         with self._lock:
@@ -117,10 +140,11 @@ def _compiled(tokens: LLTokenizer, source: GrammarSource) -> LLMatcher:
     try:
         text = _grammar_text(source)
     except ValueError as error:  # a number that the library cannot hold, say
-        raise InvalidRequestError(source.field, f"cannot be compiled: {_one_line(str(error))}") from error
+        raise InvalidRequestError(source.field, f"cannot be compiled: {one_line(str(error))}") from error
     limits = LLParserLimits(
-        max_lexer_states=LEXER_STATES, max_grammar_size=SYMBOLS, step_max_items=ITEMS, verbose_errors=False
-    )
+        max_lexer_states=LEXER_STATES, initial_lexer_fuel=LEXER_FUEL[0], step_lexer_fuel=LEXER_FUEL[1],
+        max_grammar_size=SYMBOLS, step_max_items=ITEMS, verbose_errors=False,
+    )  # fmt: skip
     with ThreadPoolExecutor(1, thread_name_prefix="cortexstream-grammar") as pool:
         with _STACK_LOCK:  # the size is the whole process's; new threads get it
             before = threading.stack_size(STACK_BYTES)
@@ -130,10 +154,10 @@ def _compiled(tokens: LLTokenizer, source: GrammarSource) -> LLMatcher:
                 threading.stack_size(before)
         matcher = future.result()
     if matcher.is_error():
-        raise InvalidRequestError(source.field, f"cannot be compiled: {_one_line(matcher.get_error())}")
+        raise InvalidRequestError(source.field, f"cannot be compiled: {one_line(matcher.get_error())}")
     warnings = matcher.get_grammar_warnings()
     if warnings:
-        raise InvalidRequestError(source.field, f"cannot be enforced in full: {_one_line('; '.join(warnings))}")
+        raise InvalidRequestError(source.field, f"cannot be enforced in full: {one_line('; '.join(warnings))}")
     return matcher
 
 
@@ -149,124 +173,10 @@ def _grammar_text(source: GrammarSource) -> str:
         if "x-guidance" in json.loads(schema):  # would change or undo the options
             raise ValueError("x-guidance is not allowed in a schema; remove it")
         options: Any = JSON_OPTIONS
-        return LLMatcher.grammar_from_json_schema(schema, overrides=options)
+        return LLMatcher.grammar_from_json_schema(enforceable(schema), overrides=options)
     if source.kind == "grammar":
         return LLMatcher.grammar_from_lark(source.text)
     if source.kind == "regex":
         return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(source.text, ASCII_CLASSES)}/")
     choices: list[str] = json.loads(source.text)
     return LLMatcher.grammar_from_regex("|".join(META.sub(r"\\\g<0>", text) for text in choices))
-
-
-class _Grammar:
-    """A compiled grammar. Its matcher is only ever copied; the first mask is the same for all."""
-
-    def __init__(self, matcher: LLMatcher, vocab_size: int, eos: frozenset[int]) -> None:
-        """Raises ConstraintError: some grammars turn out too complex, or empty, only when a mask is made."""
-        self._matcher = matcher
-        self._eos = eos
-        self._eos_mask = mask_of(eos, vocab_size)
-        self._first: Mask | None = None
-        self._first = self.start().masks()[0]
-
-    def start(self) -> _State:
-        return _State(self._matcher.deep_copy(), self._eos, self._eos_mask, self._first)
-
-
-class _State:
-    """Where a completion stands. Drafts are followed on a copy, so that nothing they meet is left behind."""
-
-    __slots__ = ("_ended", "_eos", "_eos_mask", "_mask", "_matcher")
-
-    def __init__(self, matcher: LLMatcher, eos: frozenset[int], eos_mask: Mask, mask: Mask | None) -> None:
-        self._matcher = matcher
-        self._eos = eos
-        self._eos_mask = eos_mask
-        self._mask = mask  # of the present position, once it was asked for
-        self._ended = False
-
-    def masks(self, draft: tuple[int, ...] = ()) -> list[Mask]:
-        """As the protocol says; after a drafted end-of-sequence token nothing may be drawn either."""
-        found = [self._now()]
-        ahead = self._matcher.deep_copy() if draft else self._matcher
-        dead = np.zeros_like(self._eos_mask)
-        for token in draft:
-            found.append(self._behind(ahead, token) if self._goes_on(found[-1], token) else dead)
-        return found
-
-    def _goes_on(self, mask: Mask, token: int) -> bool:
-        """May more be drawn behind a token, if `mask` is what may stand in its place?"""
-        return token not in self._eos and _allows(mask, token)
-
-    def _behind(self, ahead: LLMatcher, token: int) -> Mask:
-        """The mask after a drafted token; nothing if the grammar fails there: that counts once the token is drawn."""
-        try:
-            self._feed(ahead, token)
-            return self._mask_of(ahead)
-        except ConstraintError:
-            return np.zeros_like(self._eos_mask)
-
-    def advance(self, token: int) -> None:
-        """Any token is taken that the text may go on with, also another spelling than a mask offers."""
-        if self._ended or (token in self._eos and not self._matcher.is_accepting()):
-            raise ConstraintError(
-                f"the grammar does not allow token {token} {'after the end' if self._ended else 'yet'}"
-            )
-        if token in self._eos:
-            self._ended = True
-        else:
-            self._mask = None
-            self._feed(self._matcher, token)
-
-    @property
-    def is_over(self) -> bool:
-        if self._ended or not self._matcher.is_accepting():
-            return self._ended
-        try:
-            return np.array_equal(self._now(), self._eos_mask)
-        except ConstraintError:  # a failed matcher stays so: whoever asks for a mask gets this error
-            return False
-
-    def _now(self) -> Mask:
-        if self._ended:
-            raise ConstraintError("the text has ended; the grammar allows nothing more")
-        if self._mask is None:
-            self._mask = self._mask_of(self._matcher)
-        return self._mask
-
-    def _mask_of(self, matcher: LLMatcher) -> Mask:
-        """Raises ConstraintError. A matcher that failed still gives a mask, of the end-of-sequence tokens alone."""
-        # The library's masks may have a word more: a bit behind the vocabulary's last is its own.
-        mask = np.frombuffer(matcher.compute_bitmask(), np.uint32)[: self._eos_mask.size]
-        _check(matcher)
-        if mask.shape != self._eos_mask.shape:
-            raise ConstraintError(f"the grammar's mask has {mask.size} words; {self._eos_mask.size} are needed")
-        if not mask.any():
-            raise ConstraintError("the grammar cannot go on: no token of this model's vocabulary continues the text")
-        return mask
-
-    def _feed(self, matcher: LLMatcher, token: int) -> None:
-        if not matcher.consume_token(token):
-            _check(matcher)
-            raise ConstraintError(f"the grammar does not allow token {token} here")
-
-
-def _check(matcher: LLMatcher) -> None:
-    """Raise ConstraintError if the matcher failed, or stopped before its text may end."""
-    error, reason = matcher.get_error(), matcher.stop_reason()
-    if error.startswith("NoExtension"):
-        raise ConstraintError("the grammar cannot go on: nothing that this model's tokens can spell satisfies it")
-    if error or reason not in GOING_ON:
-        raise ConstraintError(f"the grammar cannot go on: {_one_line(error or reason)}")
-
-
-def _allows(mask: Mask, token: int) -> bool:
-    return 0 <= token < 32 * mask.size and bool(mask[token // 32] >> np.uint32(token % 32) & np.uint32(1))
-
-
-def _one_line(reason: str) -> str:
-    """The library's words without its pictures of the place, its back traces and its state."""
-    lines = [line.strip() for line in reason.splitlines()]
-    kept = [line for line in lines if line and not re.match(r"\d+ \||<|\^|\d+: ", line)]
-    text = "; ".join(kept) or "no reason was given"
-    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}..."

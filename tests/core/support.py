@@ -106,6 +106,7 @@ def dense(asked: Request, vocab_size: int, max_tokens: int, eos: frozenset[int] 
     spec = SampleSpec(temperature=sampling.temperature, seed=asked.seed, sample_index=asked.index)
     context = list(asked.prompt_token_ids)
     output: list[int] = []
+    assert sampling.max_tokens is not None
     while len(output) < sampling.max_tokens and len(context) < max_tokens:
         banned = tuple(stops) if len(output) < sampling.min_tokens else ()
         token = next_token(context, spec._replace(banned=banned), vocab_size)

@@ -21,7 +21,7 @@ VOCABULARY = 97
 def dense(asked: Request, window: int | None) -> list[int]:
     context, output = list(asked.prompt_token_ids), []
     spec = SampleSpec(asked.sampling.temperature, seed=asked.seed, sample_index=asked.index)
-    for _ in range(asked.sampling.max_tokens):
+    for _ in range(asked.sampling.max_tokens or 0):
         output.append(next_token(context, spec, VOCABULARY, window))
         context.append(output[-1])
     return output

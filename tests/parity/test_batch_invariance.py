@@ -151,7 +151,7 @@ def test_p4_rows_together_join_and_leave(setting: Setting) -> None:
         for count in (1, 3, 7, NUM_REQUESTS):
             before = llm.stats().steps
             setting.compare(range(count), setting.run(llm, range(count)))
-            tokens = sum(params.max_tokens for params in setting.params[:count])
+            tokens = sum(params.max_tokens or 0 for params in setting.params[:count])
             assert count == 1 or llm.stats().steps - before < 0.7 * tokens, "rows must have shared steps"
         running = []
         for i in range(NUM_REQUESTS):
