@@ -8,10 +8,13 @@ thrice that:
 
   numpy          `cortexstream.sampling.draw`, the definition, a row at a time
   numpy, fast    `backends.common.fast_draw`, which gives the same tokens; the reference backend draws with it
-  mlx, torch     the draws of the mlx backend, and of the cuda backend without Triton
-  Triton         the draw of the cuda backend on a GPU; not measured where there is none
+  mlx            the draw of the mlx backend
+  torch, host    the draw of the cuda backend where its device is the CPU: numpy, fast
+  torch          its draw on a GPU without Triton, here on the CPU
+  Triton         its draw on a GPU; not measured where there is none
   mlx-lm         mlx_lm.sample_utils.make_sampler, on logits; it has no seeds by row, and no penalties
-  torch, sort    softmax, sort, cumulative sum, multinomial: the usual top-p
+  torch, usual   temperature: softmax, divided by exponential noise, argmax (vLLM's way); filters: softmax, sort,
+                 cumulative sum, multinomial; without seeds by row
 
 Three kinds of rows: greedy; temperature 0.8; and all filters: temperature 0.8, top-k 50, top-p 0.95, min-p 0.02. The
 last with penalties on 200 tokens where the sampler has them ("all filters, penalties"). Logits are normal with a
@@ -88,6 +91,14 @@ def by_mlx(logits: Any, specs: list[SampleSpec], kind: str) -> Call:
     return lambda: mx.eval(*draw(z, specs, [CONTEXT] * len(specs), nothing))
 
 
+def by_host(logits: Any, specs: list[SampleSpec], kind: str) -> Call:
+    import torch
+
+    from cortexstream.backends.cuda.host_sample import draw
+
+    return partial(draw, torch.from_numpy(logits), specs, [CONTEXT] * len(specs), [None] * len(specs))
+
+
 def by_torch(logits: Any, specs: list[SampleSpec], kind: str) -> Call:
     import torch
 
@@ -124,14 +135,17 @@ def by_mlx_lm(logits: Any, specs: list[SampleSpec], kind: str) -> Call | None:
     return lambda: mx.eval(sampler(z - mx.logsumexp(z, axis=-1, keepdims=True)))
 
 
-def by_sorting(logits: Any, specs: list[SampleSpec], kind: str) -> Call | None:
+def by_habit(logits: Any, specs: list[SampleSpec], kind: str) -> Call | None:
     import torch
 
-    if kind != FILTERS:
+    if kind not in (TEMPERATURE, FILTERS):
         return None
     z = torch.from_numpy(logits)
 
     def call() -> torch.Tensor:
+        if kind == TEMPERATURE:
+            chances = torch.softmax(z / 0.8, dim=-1)
+            return chances.div_(torch.empty_like(chances).exponential_()).argmax(dim=-1)
         chances, order = torch.softmax(z / 0.8, dim=-1).sort(dim=-1, descending=True)
         chances[chances.cumsum(-1) - chances >= 0.95] = 0.0
         return order.gather(1, torch.multinomial(chances, 1))
@@ -140,8 +154,8 @@ def by_sorting(logits: Any, specs: list[SampleSpec], kind: str) -> Call | None:
 
 
 SAMPLERS: dict[str, Maker] = {
-    "numpy": by_definition, "numpy, fast": by_numpy, "mlx": by_mlx, "torch": by_torch, "Triton": by_triton,
-    "mlx-lm": by_mlx_lm, "torch, sort": by_sorting,
+    "numpy": by_definition, "numpy, fast": by_numpy, "mlx": by_mlx, "torch, host": by_host, "torch": by_torch,
+    "Triton": by_triton, "mlx-lm": by_mlx_lm, "torch, usual": by_habit,
 }  # fmt: skip
 
 
@@ -177,7 +191,8 @@ def draws(vocabularies: list[int], batches: list[int], seconds: float) -> Iterat
 
 
 BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "reference": ("numpy, fast", {}), "mlx": ("mlx", {}), "cuda": ("torch", {"device": "cpu", "kernels": "torch"}),
+    "reference": ("numpy, fast", {}), "mlx": ("mlx", {}),
+    "cuda": ("torch, host", {"device": "cpu", "kernels": "torch"}),
 }  # fmt: skip
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from cortexstream import LLM, SamplingParams
+from cortexstream import LLM, EngineConfig, SamplingParams, platform
+from cortexstream.backend import Backend, BackendOptions
 from cortexstream.backends.common.checkpoint import read_weights
+from cortexstream.engine.drafting import make_core
 from cortexstream.models import tiny_folder
 from cortexstream.speculation import INDEXED_AT_ONCE, NgramIndex
 
@@ -69,3 +71,17 @@ def test_p13_a_draft_model_that_cannot_draw_is_asked_once_and_said(
         assert asked.requests_finished == len(prompts), "each is asked for once"
     said = [record.message for record in caplog.records if "the draft model cannot guess" in record.message]
     assert len(said) == 1 and "NaN" in said[0]
+
+
+def test_p13_what_a_draft_model_does_without_is_noted() -> None:
+    """Its sliding windows, in pages, keep it from finding what it computed: each guess computes the prompt again."""
+
+    def loaded(**extra: int) -> Backend:
+        options = BackendOptions(None, kv_layout="paged", block_tokens=4, extra={"vocab_size": 97, **extra})
+        return platform.load("null", options)
+
+    config = EngineConfig(num_kv_blocks=200, speculative_config={"model": "second", "num_speculative_tokens": 2})
+    for extra, noted in (({"window": 8}, True), ({}, False)):
+        core = make_core(loaded(), config, loaded(**extra))
+        assert any(note.startswith("draft model: prefixes are not reused") for note in core.notes) is noted
+        core.close()
