@@ -43,7 +43,7 @@ class EngineThread:
         self._seed = secrets.randbits(64) if config.seed is None else config.seed
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closing = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a dropped stream aborts wherever it is collected, within _post too
         ready: Future[EngineCore] = Future()
         self._thread = threading.Thread(
             target=self._main, args=(load, load_draft, ready), name="cortexstream-engine", daemon=True
