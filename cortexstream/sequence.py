@@ -31,6 +31,7 @@ class Sequence:
     __slots__ = (
         "_allowed",
         "_constraint",
+        "_ends",
         "_spec",
         "_varies",
         "_vocab_size",
@@ -85,6 +86,7 @@ class Sequence:
             mask=None if allowed is None else lambda: allowed,
         )  # fmt: skip
         self._allowed = allowed
+        self._ends = self.stop_ids | eos_token_ids  # of a form: it ends with such a token, also where that is ignored
         self._vocab_size = vocab_size
         self._varies = self._spec.penalised or sampling.min_tokens > 0 or self._constraint is not None
 
@@ -219,7 +221,7 @@ class Sequence:
             masks = [mask & self._allowed for mask in masks]
         missing = self.request.sampling.min_tokens - self.num_output
         if missing > 0:  # no stop comes so early, unless nothing else is left: then the text is over
-            text = ~mask_of(self.stop_ids, self._vocab_size)
+            text = ~mask_of(self._ends, self._vocab_size)
             masks[:missing] = [mask & text if (mask & text).any() else mask for mask in masks[:missing]]
         return masks
 

@@ -56,8 +56,8 @@ class Grammars:
     an error (`cortexstream.text.schema`; inside of Lark's %json that is the library's affair). Two things remain: names
     that a schema does not list may come twice in an object, and numbers are compared as written. That a form has no end
     is noticed when it is too late. Lark grammars should repeat to the left: 2000 items of the parser may be open.
-    Regular expressions have the syntax and meaning of Rust's regex crate, with \\d and \\w in ASCII and no word
-    boundaries; the whole output must match.
+    Regular expressions have the syntax and meaning of Rust's regex crate, with \\d and \\w in ASCII (but not in a Lark
+    grammar) and no word boundaries; the whole output must match.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]) -> None:

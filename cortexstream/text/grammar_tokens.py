@@ -65,5 +65,4 @@ class GrammarTokens:
         return found
 
     def _name(self, token: int) -> bytes:
-        name = self._tokenizer.decode([token], skip_special_tokens=False).encode()
-        return b"" if SPECIAL_MARK in name else name
+        return self._tokenizer.decode([token], skip_special_tokens=False).encode()

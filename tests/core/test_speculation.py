@@ -145,6 +145,8 @@ def test_p13_a_stop_in_the_middle_of_right_guesses_ends_the_text_there() -> None
     core, _ = engine(drafter=Knowing([request(0, 6, max_tokens=20)], 5, wrong=0.0))
     (got,) = serve(core, asked)
     assert got.tokens == free[: free.index(stop) + 1] and got.finish is FinishReason.STOP
+    stats = core.stats()  # the prompt's row draws one token; every other one is a row's own or an accepted guess
+    assert stats.output_tokens == len(got.tokens) == 1 + stats.drafted_rows + stats.accepted_tokens
     # A receiver that stops at a token gets none of those that the same row drew behind it.
     core, _ = engine(drafter=Knowing([request(0, 6, max_tokens=20)], 5, wrong=0.0))
     (got,) = serve(core, [request(0, 6, max_tokens=20)], react=lambda count: count == 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 from dataclasses import replace
 from functools import cache
@@ -14,6 +15,7 @@ import pytest
 from cortexstream import LLM, RequestOutput, SamplingParams
 from cortexstream.errors import InvalidRequestError, ModelLoadError
 from cortexstream.models import tiny_folder
+from cortexstream.text.tokenizer import Tokenizer
 from tests.conftest import require_backend
 from tests.parity.reference_models import make_folder
 
@@ -84,6 +86,53 @@ def test_p13_prompt_lookup_changes_no_token(name: str) -> None:
         assert 0.05 < stats.acceptance_rate < 0.95 and stats.tokens_per_drafted_row > 1.1
         for number in (0, 3, 11):
             same([plain(name)[number]], llm.generate([prompts[number]], params[number], use_tqdm=False))
+
+
+@cache
+def tokens_of(letters: str) -> list[int]:
+    """The embedded model's tokens of one of these letters each; a letter may have two."""
+    known = Tokenizer.from_folder(tiny_folder()).token_bytes() or []
+    return [token for token, piece in enumerate(known) if piece and piece in {letter.encode() for letter in letters}]
+
+
+@cache
+def forms() -> tuple[list[str], list[SamplingParams], list[str]]:
+    """Prompts, forms whose masks change at nearly every token, and expressions that their texts match in full."""
+    colours = {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 5, "maxItems": 7}
+    colour = '"(red|green|blue)"'
+    schema = {"type": "json_schema", "schema": colours}
+    asked: list[tuple[str, dict[str, Any], str]] = [
+        ("json: ", {"response_format": schema}, rf"\[{colour}(, ?{colour}){{4,6}}\]"),
+        ("list: ", {"regex": "((ab|cd|ef)-){5,9}!"}, "((ab|cd|ef)-){5,9}!"),
+        ("chat: ", {"choice": ["yes, yes, yes", "no, no, no, no"]}, "yes, yes, yes|no, no, no, no"),
+        ("a", {"regex": "([a-f]{2}-){8}", "allowed_token_ids": tokens_of("abc-")}, "([abc]{2}-){8}"),
+        ("b", {"regex": "[a-c]{24}", "stop_token_ids": tokens_of("c"), "min_tokens": 7}, "[ab]{7,24}"),
+        ("c", {"regex": "(ab|cd){3,9}", "ignore_eos": True, "skip_special_tokens": False}, "(ab|cd){3,9}"),
+        ("d", {"regex": "(0|10|110)+x", "n": 2, "frequency_penalty": 0.5, "logprobs": 1}, "(0|10|110)+x"),
+    ]
+    params = [
+        SamplingParams(max_tokens=90, temperature=temperature, seed=seed, **given)
+        for temperature, seed in ((0.0, 0), (1.3, 2))
+        for _, given, _ in asked
+    ]
+    return [prompt for prompt, _, _ in asked] * 2, params, [pattern for _, _, pattern in asked] * 2
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_p13_p14_guesses_change_no_token_of_a_form(name: str) -> None:
+    """The mask behind a guess is that of its own place, with all that else says what may be drawn there."""
+    require_backend(name)
+    prompts, params, patterns = forms()
+    with LLM(**OPTIONS[name]) as llm:
+        expected = llm.generate(prompts, params, use_tqdm=False)
+    for output, pattern in zip(expected, patterns, strict=True):
+        for one in output.outputs:
+            assert one.finish_reason == "stop" and re.fullmatch(pattern, one.text), one
+    with LLM(**OPTIONS[name], **SMALL, speculative_config=NGRAM) as llm:
+        same(expected, llm.generate(prompts, params, use_tqdm=False))
+        llm.check()
+        stats = llm.stats()
+    assert stats.accepted_tokens > 100 and stats.accepted_tokens < 0.95 * stats.drafted_tokens
 
 
 @pytest.mark.timeout(600)

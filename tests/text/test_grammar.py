@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+import shutil
+import string
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cortexstream.errors import ConstraintError
+from cortexstream.constraint import Constraint
+from cortexstream.errors import ConstraintError, InvalidRequestError
 from cortexstream.text.detokenizer import Detokenizer
 from cortexstream.text.grammar import Grammars
 from cortexstream.text.grammar_tokens import GrammarTokens
-from tests.text.conftest import KINDS
+from tests.text.conftest import KINDS, write_config
 from tests.text.schemas import PADDING, Kit, allowed, judge, random_schema, schema_source, source_of
 
 NUM_SCHEMAS = 500
@@ -35,6 +39,16 @@ def kits(folders: dict[str, Path]) -> dict[str, Kit]:
 @pytest.fixture(scope="module")
 def tiny(kits: dict[str, Kit]) -> Kit:
     return kits["tiny_json"]
+
+
+def forced(constraint: Constraint) -> list[int]:
+    """The tokens of the one text that a constraint allows, in the one spelling that it offers."""
+    state, drawn = constraint.start(), []
+    while not state.is_over:
+        (token,) = allowed(state.masks()[0])
+        drawn.append(token)
+        state.advance(token)
+    return drawn
 
 
 @pytest.mark.parametrize("kind", ["tiny_json", "tiny_model", "sp_bpe", "byte_level", "llama_json"])
@@ -126,6 +140,94 @@ def test_p14_the_space_before_a_text_is_no_part_of_what_is_forced(kits: dict[str
     assert kit.walker.text(drawn) == "the dog does not mind"
     in_context = kit.tokenizer.encode("Now,the dog does not mind", add_special_tokens=False)
     assert in_context[-3:] == drawn[-3:]
+
+
+@pytest.mark.parametrize("mark", string.punctuation)
+def test_p14_a_choice_means_every_character_literally(tiny: Kit, mark: str) -> None:
+    """Alone, doubled, between letters, and where a regular expression would have a range or a count."""
+    for text in (mark, mark * 2, f"a{mark}b", f"ab{mark}1,2{mark}c", f"{mark}x]y", f"x{mark}1}}y"):
+        assert tiny.walker.text(forced(tiny.compile(choice=[text]))) == text
+
+
+@pytest.mark.parametrize(
+    ("pattern", "right", "wrong"),
+    [
+        (r"\w+", ["aZ_09", "x"], ["é", "aé", "日", "-"]),
+        (r"[\w-]+", ["a-b"], ["a-é"]),
+        (r"\W", ["é", "-"], ["a", "_"]),
+        (r"\d+", ["07"], ["٣", "1٣", "a"]),
+        (r"[\d.]+", ["1.5"], ["1.٣"]),
+        (r"\D", ["٣", "a"], ["7"]),
+    ],
+)
+def test_p14_letters_and_digits_are_ascii(tiny: Kit, pattern: str, right: list[str], wrong: list[str]) -> None:
+    """In a regular expression and in a schema: what reads the output may know an older Unicode, or none."""
+    schema = tiny.grammars.compile(schema_source({"type": "string", "pattern": f"^{pattern}$"}))
+    constraint = tiny.compile(regex=pattern)
+    for text in right:
+        assert tiny.accepts(constraint, text) and tiny.accepts(schema, f'"{text}"'), text
+    for text in wrong:
+        assert not tiny.accepts(constraint, text) and not tiny.accepts(schema, f'"{text}"'), text
+
+
+def write_by_hand(folder: Path) -> None:
+    """A tokenizer that writes a space before every text: " abc" is " a" "bc", "abc" behind other text "a" "bc"."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abc", "bc", "ab", "▁a"]
+    merges = [("b", "c"), ("a", "b"), ("▁", "a")]
+    vocab = {name: token for token, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_config(folder, tokenizer_class="PreTrainedTokenizerFast", eos_token="</s>", unk_token="<unk>")
+
+
+def test_p14_forced_text_is_spelt_as_the_model_spells_it(tmp_path: Path) -> None:
+    """From its first token on: a spelling that the model never saw behind other text would mislead it."""
+    write_by_hand(tmp_path)
+    kit = Kit(tmp_path)
+    assert bytes_of(kit, kit.tokenizer.encode("abc")) == [b" a", b"bc"]
+    assert bytes_of(kit, forced(kit.compile(choice=["abc"]))) == [b"a", b"bc"]  # the longest first are "ab" "c"
+    assert bytes_of(kit, forced(kit.compile(choice=[" abcabc"]))) == [b" a", b"bc", b"a", b"bc"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_p14_forced_text_that_the_tokenizer_cannot_spell_takes_the_longest_tokens(
+    kits: dict[str, Kit], kind: str
+) -> None:
+    """The name of a special token, as text. Byte by byte it would take many more steps."""
+    kit, plain = kits[kind], "and the lazy dog"
+    text = plain + {"byte_level": "<|pad|>"}.get(kind, "<s>")
+    drawn, longest = forced(kit.compile(choice=[text])), kit.walker.spelt(plain)
+    assert bytes_of(kit, drawn[: len(longest)]) == bytes_of(kit, longest) and kit.walker.text(drawn) == text
+    assert len(longest) < len(plain) or kind.startswith("tiny")  # which has tokens of one byte alone
+
+
+def bytes_of(kit: Kit, tokens: list[int]) -> list[bytes]:
+    return [kit.walker.bytes[token] for token in tokens]
+
+
+def test_p14_a_special_token_is_asked_for_by_its_name_and_ordinary_ones_are_not(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """The library marks special tokens with the byte 0xFF, which ordinary ones may hold, too."""
+    shutil.copytree(folders["byte_level"], tmp_path, dirs_exist_ok=True)
+    contents = json.loads((tmp_path / "tokenizer.json").read_text())
+    contents["added_tokens"] = [token for token in contents["added_tokens"] if token["special"]]
+    ordinary = contents["model"]["vocab"]["ÿ<|mark|>"] = len(contents["model"]["vocab"])  # ÿ stands for 0xFF
+    (tmp_path / "tokenizer.json").write_text(json.dumps(contents))
+    kit = Kit(tmp_path)
+    assert kit.walker.bytes[ordinary] == b"\xff<|mark|>"
+    pad = kit.tokenizer.encode("<|pad|>", add_special_tokens=False)
+    assert forced(kit.compile(grammar='start: "x" <|pad|> "y"'))[1:2] == pad and len(pad) == 1
+    assert pad[0] not in forced(kit.compile(choice=["x<|pad|>y"]))
+    with pytest.raises(InvalidRequestError, match=r"unknown special token: \"<\|mark\|>\""):
+        kit.compile(grammar='start: "x" <|mark|> "y"')
 
 
 def test_masks_cover_the_models_vocabulary_and_never_its_padding(kits: dict[str, Kit]) -> None:
