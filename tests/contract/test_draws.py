@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cortexstream.backend import Backend
+from cortexstream.backends.common.rows import BANNED
 from cortexstream.constraint import Mask, mask_of
 from cortexstream.errors import EngineError
 from cortexstream.plan import PENDING, PlanRow, RowResult, RowScores, SampleSpec, Score, StepPlan
@@ -152,6 +153,20 @@ def test_p14_a_mask_is_asked_for_after_the_forward_pass(
     monkeypatch.setattr(owner, name, watched)
     run(backend, 1, PlanRow(5, 0, prompt(6), 0, rows_at(backend, 0, 2), SampleSpec(mask=words)))
     assert done == ["forward", "mask"]
+
+
+@pytest.mark.parametrize("backend", REAL, indirect=True)
+def test_p14_a_row_without_a_token_to_draw_has_computed_nothing_wrong(backend: Backend) -> None:
+    """Whatever took the last one: its logits are numbers, so nobody has to forget what it computed."""
+    half = tuple(range(200))
+    kinds = {
+        "banned": SampleSpec(banned=tuple(range(384))), "mask": SampleSpec(mask=lambda: mask_of((), 384)),
+        "bias": SampleSpec(logit_bias=tuple((token, -np.inf) for token in range(384))),
+        "both": SampleSpec(temperature=1.0, banned=half, mask=lambda: mask_of(half, 384)),
+    }  # fmt: skip
+    for step, (kind, spec) in enumerate(kinds.items(), 1):
+        (found,), _ = run(backend, step, PlanRow(step, 0, prompt(6), 0, rows_at(backend, 0, 2), spec))
+        assert found == RowResult(step, 0, error=BANNED), kind
 
 
 @pytest.mark.parametrize("backend", REAL, indirect=True)

@@ -20,20 +20,28 @@ Floats = npt.NDArray[np.float32]
 
 
 @st.composite
+def histories(draw: Any, vocab: int) -> tuple[int, ...]:
+    """None, some or many tokens, of which some occur again; from a seed, which is quicker than one by one."""
+    count, seed = draw(st.sampled_from([0, 1, 3, 9, 30, 200])), draw(st.integers(0, 100))
+    return tuple(np.random.default_rng(seed).integers(min(vocab, 150), size=count).tolist())
+
+
+@st.composite
 def specs(draw: Any, vocab: int) -> SampleSpec:
     token = st.integers(0, vocab - 1)
-    tokens = st.lists(token, max_size=8).map(tuple)
-    return SampleSpec(
+    spec = SampleSpec(
         temperature=draw(st.sampled_from([0.0, 0.01, 0.3, 0.8, 1.0, 2.0, 40.0])),
         top_k=draw(st.sampled_from([0, 1, 2, 5, 50, STRIPES // 2, STRIPES, vocab, vocab + 3])),
         top_p=draw(st.sampled_from([1.0, 1.0, 0.99999999, 0.999, 0.95, 0.5, 1e-6, 1e-46])),
         min_p=draw(st.sampled_from([0.0, 0.0, 1e-30, 0.02, 0.5, 1.0])),
         seed=draw(st.integers(0, 2**64 - 1)), sample_index=draw(st.integers(0, 5)),
         repetition_penalty=draw(st.sampled_from([1.0, 0.7, 1.3])), presence_penalty=draw(st.sampled_from([0.0, -1.0])),
-        frequency_penalty=draw(st.sampled_from([0.0, 0.7])), prompt_tokens=draw(tokens), output_tokens=draw(tokens),
+        frequency_penalty=draw(st.sampled_from([0.0, 0.7])), prompt_tokens=draw(histories(vocab)),
+        output_tokens=draw(histories(vocab)),
         logit_bias=draw(st.lists(st.tuples(token, st.floats(-50, 50, width=32)), max_size=3).map(tuple)),
         banned=draw(st.lists(token, max_size=4).map(tuple)),
     )  # fmt: skip
+    return spec._replace(top_k=0, top_p=1.0, min_p=0.0) if draw(st.booleans()) else spec
 
 
 @st.composite
@@ -100,13 +108,14 @@ def test_f71_under_a_mask_too(data: Any, vocab: int) -> None:
 
 
 def test_f71_the_penalties_of_tokens_that_occurred_are_all_there_is() -> None:
+    """However many occurred, and however often."""
     rng = np.random.default_rng(0)
-    for _ in range(50):
-        z = rng.standard_normal(40).astype(np.float32)
+    for number in range(100):
+        z = rng.standard_normal(400).astype(np.float32)
         spec = SampleSpec(
             repetition_penalty=1.3, presence_penalty=-0.4, frequency_penalty=0.3,
-            prompt_tokens=tuple(rng.integers(40, size=9).tolist()),
-            output_tokens=tuple(rng.integers(8, size=9).tolist()),
+            prompt_tokens=tuple(rng.integers(400, size=3 * number).tolist()),
+            output_tokens=tuple(rng.integers(1 + 3 * number, size=2 * number).tolist()),
         )  # fmt: skip
         np.testing.assert_array_equal(penalise(z, spec), sampling.penalise(z, spec))
 
@@ -143,6 +152,26 @@ def test_f71_rows_with_the_same_few_candidates_have_noise_of_their_own() -> None
         wanted = [spec._replace(seed=seed) for seed in range(40)]
         found = draw(np.tile(z, (40, 1)), wanted, [9] * 40).tolist()
         assert found == [defined(z, one, 9) for one in wanted] and len(set(found)) > 2
+
+
+@pytest.mark.parametrize("vocab", [50, 1000, 9001])
+def test_f71_rows_of_one_batch_are_drawn_each_by_its_own_spec(vocab: int) -> None:
+    """With and without thresholds, of all temperatures and histories, and none so cold that all draw the largest."""
+    rng = np.random.default_rng(vocab)
+    logits = rng.standard_normal((48, vocab)).astype(np.float32)
+    wanted = [
+        SampleSpec(
+            temperature=float(rng.uniform(0.3, 3.0)), seed=int(rng.integers(1 << 40)), sample_index=row % 3,
+            top_k=[vocab // 2, 0, 0, 5][row % 4], top_p=[1.0, 1.0, 1.0, 0.7, 0.95][row % 5] if row % 2 else 1.0,
+            min_p=0.02 if row % 7 == 1 else 0.0, frequency_penalty=[0.0, 0.5, -0.5][row % 3],
+            output_tokens=tuple(rng.integers(vocab, size=9 * row).tolist()),
+        )
+        for row in range(48)
+    ]  # fmt: skip
+    assert sum(spec.filtered(vocab) for spec in wanted) in range(16, 33)
+    expected = [defined(z, spec, 100 + row) for row, (z, spec) in enumerate(zip(logits, wanted, strict=True))]
+    assert draw(logits, wanted, range(100, 148)).tolist() == expected
+    assert sum(token != z.argmax() for token, z in zip(expected, logits, strict=True)) > 24
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)

@@ -16,7 +16,6 @@ import pytest
 from cortexstream.errors import EngineError, InvalidRequestError
 from cortexstream.kv import KVArena
 from cortexstream.plan import PENDING, SampleSpec
-from cortexstream.presets import PRESETS
 from cortexstream.request import FinishReason, Request, SamplingParams
 from cortexstream.sequence import Sequence, SequenceState
 from tests.core.support import request
@@ -304,6 +303,18 @@ def test_the_spec_bans_stops_until_min_tokens() -> None:
     assert ahead.sample_spec().banned == (2, 3)
 
 
+@pytest.mark.parametrize("pending", [0, 1])
+def test_what_is_banned_always_stays_banned_until_min_tokens_and_after(pending: int) -> None:
+    """Beside the stops, whether they are among what is banned or not; a guess counts as a token."""
+    made = sequence(min_tokens=2, stop_token_ids=(8,), bad_token_ids=(5, 3, 900))
+    made.tokens += [20] * (1 - pending)
+    made.draws_pending = pending
+    assert made.sample_spec().banned == (2, 3, 5, 8, 900)
+    assert made.sample_spec((30,)).banned == (3, 5, 900)
+    made.tokens.append(21)
+    assert made.sample_spec().banned == (3, 5, 900)
+
+
 @pytest.mark.parametrize("name", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
 def test_the_spec_carries_what_penalties_need(name: str) -> None:
     made = sequence(**{name: 1.5})
@@ -313,30 +324,6 @@ def test_the_spec_carries_what_penalties_need(name: str) -> None:
     spec = made.sample_spec()
     assert spec.penalised and getattr(spec, name) == 1.5
     assert spec.output_tokens == (40, 41, PENDING) and spec.prompt_tokens == (10, 11, 12)
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_f04_presets(name: str) -> None:
-    """Each is valid, differs from the default and from the others, and can be changed."""
-    made = SamplingParams.preset(name)
-    assert made != SamplingParams() and [other for other in PRESETS if SamplingParams.preset(other) == made] == [name]
-    changed = SamplingParams.preset(name, max_tokens=7, temperature=0.9)
-    assert (changed.max_tokens, changed.temperature, changed.top_k) == (7, 0.9, made.top_k)
-
-
-def test_f04_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(InvalidRequestError, match="preset: is 'wild'; must be one of greedy, deterministic, precise"):
-        SamplingParams.preset("wild")
-    with pytest.raises(InvalidRequestError, match="temperature: is -1"):
-        SamplingParams.preset("chat", temperature=-1)
-    with pytest.raises(InvalidRequestError, match="warmth: unknown sampling parameter; known are allowed_token_ids"):
-        SamplingParams.preset("chat", warmth=1)
-
-
-def test_f04_the_presets_that_people_look_for() -> None:
-    assert {"greedy", "precise", "balanced", "creative", "chat", "code", "deterministic"} <= set(PRESETS)
-    assert SamplingParams.preset("greedy") == SamplingParams(temperature=0)
-    assert SamplingParams.preset("creative", n=2) == SamplingParams(temperature=0.9, top_k=50, top_p=0.95, n=2)
 
 
 HUGE = 1 << 100_000

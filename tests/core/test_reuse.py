@@ -111,6 +111,7 @@ def test_f83_a_preempted_sequence_finds_what_is_left_of_it(placement: Placement)
 def test_f83_nothing_is_reused_after_a_row_or_a_step_failed(placement: Placement) -> None:
     core, backend = engine(placement, block_tokens=4)
     serve(core, 0, [5] * 30, max_tokens=3)
+    serve(core, 9, [6] * 30, max_tokens=3)  # nothing that the failed request began with: forgotten all the same
     assert core.arena.stats().cached_blocks
     backend.spoil = lambda row: RowResult(row.seq_id, 0, error="NaN", finite=False) if row.seq_id == 1 else row
     sink = Receiver()
@@ -134,6 +135,25 @@ def test_f83_nothing_is_reused_after_a_row_or_a_step_failed(placement: Placement
     assert core.arena.stats().reused_tokens == reused
     core.warmup(8, 2)  # writes to blocks that are kept
     assert core.arena.stats().cached_blocks == 0
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_f83_what_a_failed_request_made_serves_nobody(placement: Placement) -> None:
+    """Its logits were numbers, so what others left stays known. In pages the beginning of its own prompt does, too:
+    that was there for all as soon as it was planned."""
+    core, backend = engine(placement, block_tokens=4)
+    serve(core, 0, [6] * 30, max_tokens=3)
+    failed, sink = request(1, [5] * 30, max_tokens=40), Receiver()
+    backend.spoil = lambda row: row._replace(error="refused") if len(sink.tokens) == 9 else row
+    core.add(failed, sink)
+    core.run()
+    core.check()
+    assert sink.finish is FinishReason.ERROR and len(sink.tokens) == 9
+    backend.spoil = lambda row: row
+    again = serve(core, 2, [*failed.prompt_token_ids, *sink.tokens, 5], max_tokens=2)
+    assert again.events[0].num_cached_tokens <= (0 if placement == "run" else 28)
+    other = serve(core, 3, [*[6] * 30, 7], max_tokens=2)
+    assert other.events[0].num_cached_tokens == 30
 
 
 @pytest.mark.parametrize("layout", ["run", "paged"])

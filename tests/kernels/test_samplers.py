@@ -137,6 +137,20 @@ def test_f73_f74_scores_that_overflow_beside_rows_of_every_kind(sampler: Sampler
     assert [sampler(logits[:1], [spec], [3])[0][0] for spec in specs] == expected
 
 
+@pytest.mark.parametrize(("seed", "position", "token"), [(1, 188, 1203), (1, 3943, 882)])
+def test_f73_without_top_p_a_tail_too_small_to_be_summed_is_drawn_beside_rows_with_it(
+    sampler: Sampler, seed: int, position: int, token: int
+) -> None:
+    """Each token but the first weighs too little to change a sum of 1, and `token` the least of those that top-k keeps.
+    At this seed and position its noise makes more than good for that: it is drawn unless a threshold cuts it off."""
+    logits = np.linspace(-18.3, -18.5, 2000, dtype=np.float32)[None].repeat(3, axis=0)
+    logits[:, 0], logits[:, token], logits[:, 1998:] = 0.0, -18.6, -30.0
+    hot = SampleSpec(temperature=1.0, seed=seed)
+    specs = [hot._replace(top_k=1998), hot._replace(top_p=0.9), hot._replace(top_k=1999, min_p=1e-12)]
+    assert [sampling.draw(logits[0], spec, position) for spec in specs] == [token, 0, token]
+    assert sampler(logits, specs, [position] * 3) == ([token, 0, token], [False] * 3)
+
+
 def test_f74_a_broken_row_harms_no_other(sampler: Sampler) -> None:
     logits, specs, positions = random_rows(9, 50)
     good, _ = sampler(logits, specs, positions)

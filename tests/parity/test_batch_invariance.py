@@ -301,6 +301,30 @@ def test_p4_fixed_attention_is_attention(window: int | None, cap: float | None, 
     )
 
 
+def test_p4_tokens_that_decode_together_take_no_more_room_than_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their keys are gathered for two of them at once here, for all eight where there is room."""
+    setting = Setting("cuda", tmp_path)
+    from cortexstream.backends.cuda import fixed_attention
+    from cortexstream.kernels.torch import fixed_decode
+
+    exact, taken = fixed_decode.decode, list[tuple[int, int]]()
+
+    def watched(q: Any, k: Any, v: Any, *others: Any) -> Any:
+        taken.append((len(q), max(k.numel(), v.numel())))
+        return exact(q, k, v, *others)
+
+    monkeypatch.setattr(fixed_attention, "decode", watched)
+    for room, most in ((fixed_attention.NUMBERS_AT_ONCE, 8), (12_000, 2), (1, 1)):
+        monkeypatch.setattr(fixed_attention, "NUMBERS_AT_ONCE", room)
+        taken.clear()
+        with setting.open(max_num_seqs=8) as llm:
+            setting.compare(range(12), setting.run(llm, range(12)))
+        assert max(rows for rows, _ in taken) == most
+        assert all(rows == 1 or numbers <= room for rows, numbers in taken)
+
+
 def test_p4_heights_whose_rows_differ_are_not_used() -> None:
     torch: Any = require("torch")
     from cortexstream.kernels.torch.fixed_rows import agreeing_heights, in_tiles, tiles

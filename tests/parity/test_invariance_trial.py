@@ -16,6 +16,8 @@ from tests.parity import torch_models
 torch: Any = require("torch")
 require("transformers")
 
+from torch.overrides import TorchFunctionMode  # noqa: E402
+
 from cortexstream.backends.cuda import invariant  # noqa: E402
 from cortexstream.backends.cuda.kernels import choose  # noqa: E402
 from cortexstream.backends.cuda.models import LoadedModel, load  # noqa: E402
@@ -115,6 +117,31 @@ def test_f73_what_differs_in_long_steps_alone_is_found_out(threads: int, tmp_pat
     assert not promised(loaded).holds and changed(loaded) == before
     handle.remove()
     assert promised(loaded).holds
+
+
+class Rounding(TorchFunctionMode):
+    """A BLAS in whose products with one shape of weights, of so many rows, the second row is rounded otherwise."""
+
+    def __init__(self, weight: Any, rows: int) -> None:
+        super().__init__()
+        self._shape, self._rows = weight.shape, rows
+        self.met = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.nn.functional.linear and args[1].shape == self._shape and args[0].shape[-2] == self._rows:
+            self.met += 1
+            found[..., 1, :] *= 1 + 1e-5
+        return found
+
+
+@pytest.mark.parametrize("name", ["o_proj", "down_proj", "lm_head"])
+def test_p4_layers_of_each_shape_have_heights_of_their_own(name: str, tmp_path: Path) -> None:
+    """Of the others' heights one would not do for these."""
+    loaded = opened(tmp_path / "llama", "llama", {"num_hidden_layers": 2})
+    weight = next(module.weight for path, module in loaded.model.named_modules() if path.endswith(name))
+    with Rounding(weight, 4) as mode:
+        assert promised(loaded).holds and mode.met
 
 
 def test_p4_models_that_call_none_do_not_pay(tmp_path: Path) -> None:

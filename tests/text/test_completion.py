@@ -66,6 +66,39 @@ def test_f08_text_held_back_for_a_stop_string_is_shown_at_the_end(min_tokens: in
     assert text == "abcd" and output.stop_reason is None
 
 
+@pytest.mark.parametrize("finish", [FinishReason.ABORT, FinishReason.ERROR, FinishReason.STOP])
+@pytest.mark.parametrize("sampling, held", [({}, ""), ({"stop": ["cdx", "dy"]}, "cd"), ({"stop": ["dx"]}, "d")])
+@pytest.mark.parametrize("min_tokens", [0, 4, 9])
+@pytest.mark.parametrize("half", ["", "\ufffd"])
+def test_f08_an_end_without_a_token_loses_no_text(
+    finish: FinishReason, sampling: dict[str, Any], held: str, min_tokens: int, half: str
+) -> None:
+    """As an abort or an error is: what may have begun a stop string is shown, and the bytes of half a character."""
+    tokens = letters("abcd") + TOKENIZER.encode("\U0001d11e", add_special_tokens=False)[: len(half)]
+    made = Completion(0, SamplingParams(**sampling, min_tokens=min_tokens), TOKENIZER, (1, 5))
+    pieces = [made.take(TokenEvent(0, token, None, (), None))[0] for token in tokens]
+    assert "".join(pieces) + held == "abcd" and made.output().finish_reason is None
+    error = "it broke" if finish is FinishReason.ERROR else None
+    assert made.take(TokenEvent(0, None, None, (), finish, error)) == (held + half, False)
+    output = made.output()
+    assert output.text == "abcd" + half and output.token_ids == tuple(tokens)
+    assert (output.finish_reason, output.error, output.stop_reason) == (finish.value, error, None)
+
+
+@pytest.mark.parametrize(
+    "finish, stop_token, reason",
+    [
+        (FinishReason.STOP, "d", "d"),
+        (FinishReason.STOP, "c", None),  # the model's own end
+        (FinishReason.LENGTH, "d", None),
+    ],
+)
+def test_f07_a_stop_token_is_told_only_if_it_stopped(finish: FinishReason, stop_token: str, reason: str | None) -> None:
+    _, output = run("abcd", finish, stops=True, stop_token_ids=letters(stop_token))
+    assert output.stop_reason == (None if reason is None else letters(reason)[0])
+    assert output.finish_reason == finish.value
+
+
 def test_f10_prompt_logprobs_have_none_for_the_first_token() -> None:
     made = Completion(0, SamplingParams(prompt_logprobs=2), TOKENIZER, (1, 5, 9))
     scores = (TokenScore(-0.5, ((5, -0.5), (6, -1.0))), TokenScore(-3.0, ((5, -0.5), (6, -1.0))))
