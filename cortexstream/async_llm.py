@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -38,20 +39,23 @@ class AsyncLLM:
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Everything so far, after every token, or after several when they come faster than they are taken."""
-        async for output, _ in self._chunks(prompt, sampling_params, request_id, merge=True):
-            yield output
+        async with aclosing(self._chunks(prompt, sampling_params, request_id, merge=True)) as chunks:
+            async for output, _ in chunks:
+                yield output
 
     async def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
-    ) -> AsyncIterator[StreamChunk]:
+    ) -> AsyncGenerator[StreamChunk, None]:
         """Only what is new."""
-        async for _, chunk in self._chunks(prompt, sampling_params, request_id):
-            yield chunk
+        async with aclosing(self._chunks(prompt, sampling_params, request_id)) as chunks:
+            async for _, chunk in chunks:
+                yield chunk
 
     async def abort(self, request_id: str) -> None:
-        """End a request; its iterator ends with finish_reason "abort". Unknown ids are left alone."""
+        """End a request; its iterator ends with finish_reason "abort", once its grammar is compiled if it has one.
+        Unknown ids are left alone."""
         if request_id not in self._running:
             return
         generation = self._running[request_id]
@@ -62,7 +66,6 @@ class AsyncLLM:
 
     async def close(self) -> None:
         """End what runs with an error and free the device memory, without blocking the loop. Idempotent."""
-        self._compilers.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.llm.close)
 
     async def __aenter__(self) -> Self:
@@ -75,7 +78,7 @@ class AsyncLLM:
 
     async def _chunks(
         self, prompt: Prompt, sampling_params: SamplingParams | None, request_id: str | None, merge: bool = False
-    ) -> AsyncIterator[tuple[RequestOutput, StreamChunk]]:
+    ) -> AsyncGenerator[tuple[RequestOutput, StreamChunk], None]:
         params = SamplingParams() if sampling_params is None else sampling_params
         name = uuid.uuid4().hex if request_id is None else check_request_id(request_id)
         if name in self._running:

@@ -186,6 +186,9 @@ class LLM:
 
         Raises InvalidRequestError if it cannot be met, or is too large.
         """
+        if not isinstance(sampling_params, SamplingParams):
+            name = type(sampling_params).__name__
+            raise InvalidRequestError("sampling_params", f"is {name}; must be SamplingParams")
         if sampling_params.structure is not None:
             self._constraint(sampling_params.structure)
 

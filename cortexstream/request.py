@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import math
 import operator
@@ -117,6 +118,9 @@ class SamplingParams:
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(name, f"is {shown(getattr(self, name))}; must be True or False")
         put(self, "structure", grammar_source(self.response_format, self.regex, self.choice, self.grammar))
+        if self.choice is not None:
+            put(self, "choice", tuple(self.choice))
+        put(self, "response_format", copy.deepcopy(self.response_format))  # what the caller has may be changed
         self._check_ranges()
 
     def _check_ranges(self) -> None:

@@ -1,7 +1,8 @@
 """The draw on the device: `cortexstream.sampling` in torch, all rows of a batch at once.
 
 Sums over the vocabulary are taken as the last of a cumulative sum: torch may add up a single row in another order than
-several, and a row's draw must not depend on the others.
+several, and a row's draw must not depend on the others. Those of a block of 128 have the same bits in any batch, on a
+CPU.
 """
 
 from __future__ import annotations

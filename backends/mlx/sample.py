@@ -1,6 +1,7 @@
 """The draw on the device: `cortexstream.sampling` in MLX ops, all rows of a batch at once.
 
-Sums over the vocabulary are taken as the last of a cumulative sum, whose order does not depend on the other rows.
+Sums over the vocabulary are taken as the last of a cumulative sum, whose order does not depend on the other rows; those
+of a block of 128 are the same bits in any batch.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ def make_core(backend: Backend, config: EngineConfig, draft: Backend | None = No
 class ModelDrafter:
     """Asks a draft model for what follows, with the request's own parameters and noise.
 
-    A draw's noise depends on seed, position and token alone, so a draft model that is like the large one draws the
-    same tokens at any temperature. Its keys and values are kept between proposals as any prompt's prefix is.
+    A draw's noise depends on seed, position and token or block alone, so a draft model that is like the large one draws
+    the same tokens at any temperature. Its keys and values are kept between proposals as any prompt's prefix is.
     """
 
     def __init__(self, core: EngineCore, num_tokens: int) -> None:

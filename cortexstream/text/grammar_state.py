@@ -15,15 +15,18 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 MAX_REASON = 300  # characters of the library's words in an error
-# CPU time that a completion's masks may take. Most take less than a millisecond, those of an ambiguous grammar longer
-# with every token, and all who are served wait for them.
-FREE_S, MASK_S = 1.0, 0.01  # in all; and more for each mask
+# CPU time that the masks of a grammar may take, of all its completions together. Most take far less than a millisecond,
+# those of an ambiguous grammar longer with every token, and all who are served wait for them.
+FREE_S, MASK_S = 2.0, 0.002  # in all; and more for each mask
 GOING_ON = ("NotStopped", "NoExtension", "NoExtensionBias")
 
 
 class CompiledGrammar:
-    """A compiled grammar. Its matcher is only ever copied; the first mask is the same for all. `failed` says that a
-    completion could not go on, most often because the grammar is too complex."""
+    """A compiled grammar. Its matcher is only ever copied; the first mask is the same for all.
+
+    `failed`: a completion could not go on, most often because the grammar is too complex. `overdue`: its masks took too
+    long, and this is why no completion goes on with it.
+    """
 
     def __init__(self, matcher: LLMatcher, vocab_size: int, eos: frozenset[int]) -> None:
         """Raises ConstraintError: some grammars turn out too complex, or empty, only when a mask is made."""
@@ -31,17 +34,31 @@ class CompiledGrammar:
         self.eos = eos
         self.eos_mask = mask_of(eos, vocab_size)
         self.failed = False
+        self.overdue: str | None = None
+        self._spent_s, self._made = 0.0, 0  # CPU time of masks, and how many were made
         self._first: Mask | None = None
         self._first = self.start().masks()[0]
 
     def start(self) -> GrammarState:
         return GrammarState(self, self._matcher.deep_copy(), self._first)
 
+    def count(self, spent_s: float, masks: int = 0) -> None:
+        """CPU time was spent, on so many masks. From when it is too much the grammar is `overdue`."""
+        self._spent_s += spent_s
+        self._made += masks
+        if self.overdue is None and self._spent_s > FREE_S + MASK_S * self._made:
+            self.failed = True
+            self.overdue = (
+                f"the grammar cannot go on: its {self._made} masks took {self._spent_s:.1f} s; they have {FREE_S:g} s, "
+                f"and {1e3 * MASK_S:g} ms each. Write it so that a text can be read in one way only, and without large "
+                "repetitions in each other"
+            )
+
 
 class GrammarState:
     """Where a completion stands. Drafts are followed on a copy, so that nothing they meet is left behind."""
 
-    __slots__ = ("_ended", "_eos", "_eos_mask", "_grammar", "_made", "_mask", "_matcher", "_spent_s")
+    __slots__ = ("_ended", "_eos", "_eos_mask", "_grammar", "_mask", "_matcher")
 
     def __init__(self, grammar: CompiledGrammar, matcher: LLMatcher, mask: Mask | None) -> None:
         self._grammar = grammar
@@ -49,7 +66,6 @@ class GrammarState:
         self._matcher = matcher
         self._mask = mask  # of the present position, once it was asked for
         self._ended = False
-        self._spent_s, self._made = 0.0, 0  # CPU time, and how many masks were made
 
     def masks(self, draft: tuple[int, ...] = ()) -> list[Mask]:
         """As the protocol says; after a drafted end-of-sequence token nothing may be drawn either."""
@@ -102,13 +118,13 @@ class GrammarState:
 
     def _mask_of(self, matcher: LLMatcher) -> Mask:
         """Raises ConstraintError. A matcher that failed still gives a mask, of the end-of-sequence tokens alone."""
+        if self._grammar.overdue is not None:
+            raise ConstraintError(self._grammar.overdue)
         began_s = thread_time()
         # The library's masks may have a word more: a bit behind the vocabulary's last is its own.
         mask = np.frombuffer(matcher.compute_bitmask(), np.uint32)[: self._eos_mask.size]
-        self._made += 1
-        self._spent_s += thread_time() - began_s
+        self._grammar.count(thread_time() - began_s, masks=1)
         self._check(matcher)
-        self._check_time()
         if mask.shape != self._eos_mask.shape:
             raise ConstraintError(f"the grammar's mask has {mask.size} words; {self._eos_mask.size} are needed")
         if not mask.any():
@@ -118,7 +134,7 @@ class GrammarState:
     def _feed(self, matcher: LLMatcher, token: int) -> None:
         began_s = thread_time()
         taken = matcher.consume_token(token)
-        self._spent_s += thread_time() - began_s
+        self._grammar.count(thread_time() - began_s)
         if not taken:
             self._check(matcher)
             raise ConstraintError(f"the grammar does not allow token {token} here")
@@ -132,16 +148,6 @@ class GrammarState:
         if error.startswith("NoExtension"):
             raise ConstraintError("the grammar cannot go on: nothing that this model's tokens can spell satisfies it")
         raise ConstraintError(f"the grammar cannot go on: {one_line(error or reason)}")
-
-    def _check_time(self) -> None:
-        """Raise ConstraintError if the masks took too long."""
-        if self._spent_s > FREE_S + MASK_S * self._made:
-            self._grammar.failed = True
-            raise ConstraintError(
-                f"the grammar cannot go on: its {self._made} masks took {self._spent_s:.1f} s; they have {FREE_S:g} s, "
-                f"and {1e3 * MASK_S:g} ms each. Write it so that a text can be read in one way only, and without large "
-                "repetitions in each other"
-            )
 
 
 def _allows(mask: Mask, token: int) -> bool:

@@ -2,8 +2,9 @@
 
 Checked against llguidance 1.9.1, from the outside:
 
-* Numbers of more than 15 digits lose some; a whole number that a bound excludes is written where the other bound lies
-  less than 1 behind it. Such schemas are refused.
+* Numbers are float64 to it, written with at most 17 digits. Those that are not the same then are refused.
+* A whole number that a bound excludes is written where the other bound lies less than 1 behind it. Such a bound is
+  moved by one in the 15th digit, so that no number of so many digits lies between.
 * Where a pattern's class holds every control character, a quote or a backslash is written for one. NUL is taken out of
   all classes: JSON could not have it without \\u, which the outputs do not use.
 """
@@ -12,31 +13,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
 DIGITS = 15  # of a decimal number that float64 keeps
-DATA = ("const", "enum", "default", "examples")  # keywords whose values are no schemas
+EXACT = 2**53  # whole numbers that float64 keeps
+LARGEST = 2**63 - 1  # a usual bound, which the library holds to
+DATA = ("default", "examples")  # keywords that ask for nothing
+VALUES = ("const", "enum")
+EXCLUDED = {"exclusiveMinimum": 1, "exclusiveMaximum": -1}  # and where numbers may lie
+BOUNDS = ("minimum", "maximum", "multipleOf", *EXCLUDED)
 NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # name -> schema
 WITHOUT_NUL = r"&&[^\x00]]"
 CATEGORY = re.compile(r"\\[pP](?:\{[^}]*\}|[A-Za-z])")
+NUL = ("\x00", r"\0", r"\x00", r"\u0000", r"\x{0")
 
 
 def enforceable(text: str) -> str:
     """The schema's JSON, changed so that what llguidance accepts satisfies `text`. Raises ValueError with a reason."""
-    schema = json.loads(text, parse_int=_number(int), parse_float=_number(float))
-    return json.dumps(_schema(schema))
-
-
-def _number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def read(literal: str) -> Any:
-        number = Decimal(literal)
-        if number and (len(number.normalize().as_tuple().digits) > DIGITS or abs(number.adjusted()) > DIGITS):
-            raise ValueError(f"{literal[:40]} is too long a number; at most {DIGITS} digits can be enforced")
-        return kind(literal)
-
-    return read
+    return json.dumps(_schema(json.loads(text)))
 
 
 def _schema(node: Any) -> Any:
@@ -44,13 +39,21 @@ def _schema(node: Any) -> Any:
         return [_schema(item) for item in node]
     if not isinstance(node, dict):
         return node
-    _check_bounds(node)
-    return {keyword: _value(keyword, value) for keyword, value in node.items()}
+    whole = node.get("type") == "integer"
+    return {keyword: _value(keyword, value, whole) for keyword, value in node.items()}
 
 
-def _value(keyword: str, value: Any) -> Any:
+def _value(keyword: str, value: Any, whole: bool) -> Any:
+    """What a keyword is to have, in a schema of whole numbers or of any."""
     if keyword in DATA:
         return value
+    if keyword in VALUES:
+        _check_numbers(value)
+        return value
+    if keyword in BOUNDS and isinstance(value, (int, float)):
+        if value != LARGEST:
+            _check_numbers(value)
+        return value if whole or keyword not in EXCLUDED else _moved(value, EXCLUDED[keyword])
     if keyword == "pattern" and isinstance(value, str):
         return without_nul(value)
     if keyword in NAMED and isinstance(value, dict):
@@ -59,30 +62,33 @@ def _value(keyword: str, value: Any) -> Any:
     return _schema(value)
 
 
-def _check_bounds(node: dict[str, Any]) -> None:
-    """Raise ValueError for a whole number that is excluded and lies less than 1 from the other bound."""
+def _check_numbers(value: Any) -> None:
+    """Raise ValueError for a number, somewhere in the value, that would not be written as it is."""
+    if isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_numbers(item)
+    elif isinstance(value, (int, float)) and abs(value) > EXACT * isinstance(value, int):
+        if len(Decimal(repr(value)).normalize().as_tuple().digits) > DIGITS:
+            raise ValueError(f"{str(value)[:40]} has too many digits; at most {DIGITS} can be enforced")
 
-    def bounds(*keywords: str) -> list[Any]:
-        found = [node.get(keyword) for keyword in keywords]
-        return [value for value in found if isinstance(value, (int, float)) and not isinstance(value, bool)]
 
-    low, high = bounds("minimum", "exclusiveMinimum"), bounds("maximum", "exclusiveMaximum")
-    for keyword in ("exclusiveMinimum", "exclusiveMaximum"):
-        for excluded in bounds(keyword):
-            if low and high and excluded == int(excluded) and min(high) - max(low) < 1:
-                raise ValueError(
-                    f"{keyword} {excluded} cannot be enforced where the other bound is less than 1 away; "
-                    "use a bound that is included"
-                )
+def _moved(bound: float, step: int) -> float:
+    """A bound that is excluded, if it is a whole number, moved by one in the 15th digit."""
+    if bound != int(bound):
+        return bound
+    digits = len(str(abs(int(bound)))) if bound else 0
+    return float(bound) if digits >= DIGITS else float(Decimal(int(bound)) + Decimal(step).scaleb(digits - DIGITS))
 
 
 def without_nul(pattern: str) -> str:
-    """A regular expression whose classes have lost the character NUL."""
+    """A regular expression whose classes have lost the character NUL. Raises ValueError for one outside of classes."""
     parts, place = [], 0
     while place < len(pattern):
         category = CATEGORY.match(pattern, place)
         end = category.end() if category else _end_of_item(pattern, place)
         item = pattern[place:end]
+        if pattern.startswith(NUL, place):
+            raise ValueError("the pattern has NUL outside of a class, which JSON is not written with here")
         is_class = category or (item.startswith("[") and item.endswith("]"))
         parts.append(f"[{item}{WITHOUT_NUL}" if is_class else item)
         place = end

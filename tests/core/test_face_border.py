@@ -8,6 +8,7 @@ import gc
 import pickle
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,19 @@ def test_f04_parameters_are_not_changed_once_they_are_made() -> None:
     assert params.logit_bias == {5: 1.0} and dict(params.logit_bias) == {5: 1.0}
     for other in (copy.deepcopy(params), pickle.loads(pickle.dumps(params)), copy.copy(params)):
         assert other == params and other.logit_bias == {5: 1.0}
+
+
+def test_p14_forms_are_not_changed_once_they_are_made(llm: LLM) -> None:
+    schema: dict[str, Any] = {"type": "object"}
+    choice, wanted = ["yes", "no"], {"type": "json_schema", "json_schema": {"schema": schema}}
+    made = [SamplingParams(choice=choice, prompt_logprobs=1), SamplingParams(response_format=wanted)]
+    choice.append(5)  # type: ignore[arg-type]
+    schema["type"] = 5
+    for params in made:
+        assert replace(params, prompt_logprobs=None).structure == params.structure
+    for wrong in (None, {"regex": "a"}):
+        with pytest.raises(InvalidRequestError, match=r"sampling_params: is .*; must be SamplingParams"):
+            llm.prepare(wrong)  # type: ignore[arg-type]
 
 
 def test_f04_errors_reach_another_process() -> None:

@@ -107,6 +107,18 @@ def test_f71_under_a_mask_too(data: Any, vocab: int) -> None:
     assert found == [defined(z, spec, 3)]
 
 
+def test_f71_a_block_of_equals_beside_a_block_with_a_peak() -> None:
+    """128 equal tokens weigh as much as one that is 4.85 above them: neither block may be left out by its peak."""
+    for lead in (0.0, 3.5, 4.8, 4.9, 6.0):
+        z = np.full(1000, -np.inf, np.float32)
+        z[256:384], z[640] = 0.0, lead
+        spec = SampleSpec(temperature=1.0, seed=2)
+        expected = [defined(z, spec, position) for position in range(300)]
+        assert draw(np.tile(z, (300, 1)), [spec] * 300, range(300)).tolist() == expected
+        flat = sum(token < 640 for token in expected) / 300
+        assert abs(flat - 128 / (128 + np.exp(lead))) < 0.12
+
+
 def test_f71_the_penalties_of_tokens_that_occurred_are_all_there_is() -> None:
     """However many occurred, and however often."""
     rng = np.random.default_rng(0)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
 
 from cortexstream import AsyncLLM, RequestOutput, SamplingParams
-from cortexstream.errors import InvalidRequestError
+from cortexstream.errors import EngineError, InvalidRequestError
 
 FORM = SamplingParams(regex="[a-z ]{300}", max_tokens=400)
 
@@ -83,5 +84,36 @@ def test_f81_cancelling_counts_while_a_grammar_is_compiled(monkeypatch: pytest.M
         await asyncio.sleep(0.3)
         stats = await asyncio.to_thread(held.engine.llm.stats)
         assert stats.num_running == stats.num_waiting == stats.output_tokens == 0
+
+    run(work, monkeypatch)
+
+
+def test_f81_leaving_the_loop_frees_the_id_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(held: Held) -> None:
+        free = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+        for form in (held.engine.generate, held.engine.stream):
+            for _ in range(3):
+                answers: AsyncGenerator[object, None] = form("story: ", free, "same")
+                await anext(answers)
+                await answers.aclose()
+        stats = await asyncio.to_thread(held.engine.llm.stats)
+        assert stats.num_running == 0
+
+    run(work, monkeypatch)
+
+
+def test_f81_closing_answers_those_whose_grammars_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than are compiled at a time, and who asks later; with one error for all."""
+
+    async def work(held: Held) -> None:
+        tasks = [asyncio.create_task(held.last(str(n))) for n in range(7)]
+        await held.started.wait()
+        closing = asyncio.create_task(held.engine.close())
+        await asyncio.sleep(0.1)
+        held.go.set()
+        await closing
+        found = [*await asyncio.gather(*tasks, return_exceptions=True)]
+        found += await asyncio.gather(held.last("late"), return_exceptions=True)
+        assert [type(error) for error in found] == [EngineError] * 8
 
     run(work, monkeypatch)

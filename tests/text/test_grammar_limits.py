@@ -45,7 +45,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"$ref": "#/$defs/gone"}, "gone"),
     ({"$ref": "https://example.org/schema.json"}, "example.org"),
     ({"type": "shoe"}, "shoe"),
-    ({"maximum": 10**400}, "at most 15 digits can be enforced"),
+    ({"maximum": 10**400}, "number out of range"),
     ({"allOf": [{"anyOf": [{"pattern": f"a{i}{j}"} for j in range(10)]} for i in range(12)]}, "too large"),
     (MANY_FORMS, "cannot be"),
 ]

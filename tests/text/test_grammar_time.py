@@ -21,25 +21,43 @@ def tiny(folders: dict[str, Path]) -> Kit:
     return Kit(folders["tiny_json"])
 
 
-def test_p14_masks_that_take_too_long_end_their_completion_alone(tiny: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_p14_masks_that_take_too_long_end_their_completions_and_no_others(
+    tiny: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     """An ambiguous grammar's masks take longer with every token. Less time than usual is given, to be quick."""
-    monkeypatch.setattr(grammar_state, "FREE_S", 0.1)
-    monkeypatch.setattr(grammar_state, "MASK_S", 0.0005)
     constraint = tiny.compile(grammar=AMBIGUOUS)
-    state = constraint.start()
+    states = [constraint.start() for _ in range(3)]  # of one request, say: they share the time
     (a,) = tiny.walker.spelt("a")
-    with pytest.raises(
-        ConstraintError, match=r"its \d+ masks took 0\.\d s; they have 0\.1 s, and 0\.5 ms each\. Write"
-    ):
+    monkeypatch.setattr(grammar_state, "FREE_S", 0.1)
+    monkeypatch.setattr(grammar_state, "MASK_S", 0.0)
+    rest = tiny.compile(regex="[ab]{9}").start()
+    words = r"its \d+ masks took 0\.\d s; they have 0\.1 s, and 0 ms each\. Write"
+    with pytest.raises(ConstraintError, match=words):
         for _ in range(2000):
-            assert a in allowed(state.masks()[0])
+            for state in states:
+                assert a in allowed(state.masks()[0])
+                state.advance(a)
+    for state in states:
+        for _ in range(3):  # and it stays so
             state.advance(a)
-    with pytest.raises(ConstraintError):  # and it stays so
-        state.masks()
-    other = constraint.start()  # of the same grammar, with time of its own
-    for _ in range(3):
-        other.advance(a)
-    assert other.masks()[0].any()
+            with pytest.raises(ConstraintError, match=words):
+                state.masks()
+            assert not state.is_over
+    assert rest.masks()[0].any()
+    again = tiny.compile(grammar=AMBIGUOUS)  # it is not kept, and compiled anew
+    assert again is not constraint and again.start().masks()[0].any()
+
+
+def test_p14_each_mask_brings_time_of_its_own(
+    tiny: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(grammar_state, "FREE_S", 1e-9)
+    monkeypatch.setattr(grammar_state, "MASK_S", 10.0)
+    state = tiny.compile(regex="[ab]{5}").start()
+    (a,) = tiny.walker.spelt("a")
+    for _ in range(5):
+        assert a in allowed(state.masks()[0])
+        state.advance(a)
 
 
 def test_p14_ordinary_grammars_are_far_from_the_limit(tiny: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
