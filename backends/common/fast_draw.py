@@ -28,6 +28,7 @@ NOTHING = -1
 
 LOWEST = np.finfo(np.float32).min
 ABOVE = np.float32(np.log(sampling.BLOCK) + 0.001)
+SMALL = 4096  # vocabularies of which all rows are drawn from together
 STRIPES = 1024  # whose maxima bound the k-th largest
 
 
@@ -165,8 +166,25 @@ def _draw_whole(
     seed, position, sample = (key[:, None] for key in _keys([row for row, _ in whole], specs, positions))
     lanes = sampling.philox(seed, (np.arange(-(-count // 4)), position, sample, sampling.BLOCKS))
     noise = sampling.gumbel(np.stack(lanes, axis=2).reshape(len(whole), -1)[:, :count])
+    if len(whole[0][1]) <= SMALL:
+        rows = [row for row, _ in whole]
+        temperatures = np.array([specs[row].temperature for row in rows], np.float32)
+        tokens[rows] = _draw_together(np.stack([z for _, z in whole]) / temperatures[:, None], noise)
+        return
     for (row, z), own in zip(whole, noise, strict=True):
         tokens[row] = _draw_by_blocks(z / np.float32(specs[row].temperature), own)
+
+
+def _draw_together(scores: Floats, noise: Floats) -> Ints:
+    """`sampling.draw_by_blocks` of each row of scores [R, V] by its row of noise; int64 [R]."""
+    size, (rows, vocab_size) = sampling.BLOCK, scores.shape
+    padded = np.full((rows, (noise.shape[1] - size) * size), -np.inf, np.float32)
+    padded[:, :vocab_size] = scores
+    sums = sampling.log_sums(padded.reshape(-1, size)).reshape(rows, -1)
+    best: Ints = np.argmax(sums + noise[:, size:], axis=1)
+    places = padded.reshape(rows, -1, size)[np.arange(rows), best] + noise[:, :size]
+    tokens: Ints = best * size + np.argmax(places, axis=1)
+    return tokens
 
 
 def _draw_by_blocks(scores: Floats, noise: Floats) -> int:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cortexstream import sampling
 from cortexstream.backends.common.draw import draw_rows
-from cortexstream.backends.common.fast_draw import NOTHING, STRIPES, draw, penalise
+from cortexstream.backends.common.fast_draw import NOTHING, SMALL, STRIPES, draw, penalise
 from cortexstream.constraint import Mask, mask_of
 from cortexstream.plan import SampleSpec
 
@@ -75,7 +75,10 @@ def defined(z: Floats, spec: SampleSpec, position: int) -> int:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@given(data=st.data(), vocab=st.sampled_from([1, 2, 3, 5, 64, 127, 128, 129, 384, 1023, 2 * STRIPES + 5, 9001]))
+@given(
+    data=st.data(),
+    vocab=st.sampled_from([1, 2, 3, 5, 64, 127, 128, 129, 384, 1023, 2 * STRIPES + 5, SMALL, SMALL + 1, 9001]),
+)
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_f71_every_token_is_the_definitions(data: Any, vocab: int) -> None:
     count = data.draw(st.integers(1, 5))
@@ -110,7 +113,7 @@ def test_f71_under_a_mask_too(data: Any, vocab: int) -> None:
 def test_f71_a_block_of_equals_beside_a_block_with_a_peak() -> None:
     """128 equal tokens weigh as much as one that is 4.85 above them: neither block may be left out by its peak."""
     for lead in (0.0, 3.5, 4.8, 4.9, 6.0):
-        z = np.full(1000, -np.inf, np.float32)
+        z = np.full(SMALL + 1, -np.inf, np.float32)
         z[256:384], z[640] = 0.0, lead
         spec = SampleSpec(temperature=1.0, seed=2)
         expected = [defined(z, spec, position) for position in range(300)]
