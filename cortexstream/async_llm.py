@@ -31,7 +31,17 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
-        self.llm = LLM(model, **options)
+        self._serve(LLM(model, **options))
+
+    @classmethod
+    def from_llm(cls, llm: LLM) -> Self:
+        """A second face of a model that is loaded already; closing either closes both."""
+        made = cls.__new__(cls)
+        made._serve(llm)
+        return made
+
+    def _serve(self, llm: LLM) -> None:
+        self.llm = llm
         self._running: dict[str, Generation | None] = {}  # None: its grammar is being compiled
         self._aborted: set[str] = set()  # of these
         # Its own threads: the loop's are the program's, and few.

@@ -108,8 +108,7 @@ def test_f81_three_routes_give_the_same_tokens(llm: LLM) -> None:
         texts[chunk.index] += chunk.text
 
     async def route() -> RequestOutput:
-        engine = AsyncLLM.__new__(AsyncLLM)  # share the loaded model instead of loading it once more
-        engine.llm, engine._running = llm, {}
+        engine = AsyncLLM.from_llm(llm)
         outputs = [output async for output in engine.generate(prompt, params, request_id="r1")]
         assert all(len(b.outputs[0].text) >= len(a.outputs[0].text) for a, b in itertools.pairwise(outputs))
         return outputs[-1]
