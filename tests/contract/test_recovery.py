@@ -188,8 +188,7 @@ def test_text_held_for_a_stop_string_comes_when_cancelled(llm: LLM) -> None:
 
 def test_async_shows_the_end_once_to_a_slow_reader(llm: LLM) -> None:
     async def read() -> list[bool]:
-        engine = AsyncLLM.__new__(AsyncLLM)
-        engine.llm, engine._running = llm, {}
+        engine = AsyncLLM.from_llm(llm)
         seen = []
         async for output in engine.generate("copy: abcdefghijklmnop", GREEDY):
             seen.append(output.finished)
